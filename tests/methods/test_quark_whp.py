@@ -139,7 +139,7 @@ def test_samples_do_not_depend_on_padding(arch: str) -> None:
     module = peaked(arch)
     model = EditableModel(module, ("*",))
     contexts = [[1, 5, 6], [1, 8], [1, 9, 10, 11, 12, 13], [1, 40]]
-    got = generate.sample_continuations(model, contexts, 5, 0)
+    got = generate.sample_continuations(model.module, contexts, 5, 0)
     for context, response in zip(contexts, got, strict=True):
         expected: list[int] = []
         while len(expected) < 5 and expected[-1:] != [2]:
@@ -154,15 +154,15 @@ def test_samples_are_drawn_from_all_tokens_whatever_the_checkpoint_says() -> Non
     module = pico_module()
     model = EditableModel(module, ("*",))
     contexts = [[1, 5, 6, 7]] * 400
-    expected = generate.sample_continuations(model, contexts, 1, 3)
+    expected = generate.sample_continuations(model.module, contexts, 1, 3)
     for name, value in {"top_k": 1, "temperature": 0.1, "repetition_penalty": 9.0}.items():
         setattr(module.generation_config, name, value)
     own = module.generation_config
     state = torch.get_rng_state()
-    assert generate.sample_continuations(model, contexts, 1, 3) == expected
+    assert generate.sample_continuations(model.module, contexts, 1, 3) == expected
     assert torch.equal(torch.get_rng_state(), state)
     assert module.generation_config is own and own.top_k == 1
-    assert generate.sample_continuations(model, contexts, 1, 4) != expected
+    assert generate.sample_continuations(model.module, contexts, 1, 4) != expected
     counts = torch.bincount(torch.tensor(expected).flatten(), minlength=VOCABULARY) / 400
     with torch.no_grad():
         p = module(torch.tensor(contexts[:1])).logits[0, -1].softmax(-1)
@@ -173,7 +173,7 @@ def test_samples_are_drawn_from_all_tokens_whatever_the_checkpoint_says() -> Non
 def test_a_sample_ends_with_the_end_of_a_text() -> None:
     module = pico_module()
     module.generation_config.eos_token_id = list(range(2, 34))  # some models have several
-    drawn = generate.sample_continuations(EditableModel(module, ("*",)), [[1, 5], [1, 6, 7]] * 10, 8, 0)
+    drawn = generate.sample_continuations(module, [[1, 5], [1, 6, 7]] * 10, 8, 0)
     ends = set(range(2, 34))
     assert all(1 <= len(row) <= 8 and not ends & {*row[:-1]} for row in drawn)
     assert all(len(row) == 8 or row[-1] in ends for row in drawn)
@@ -469,7 +469,9 @@ def test_the_reward_of_samples_rises(monkeypatch: pytest.MonkeyPatch) -> None:
         return sum(token < VOCABULARY // 2 for token in response) / len(response)
 
     def share(model: EditableModel) -> float:
-        drawn = generate.sample_continuations(model, [x for x, _ in quark.split_continuations(some, 12)] * 20, 3, 9)
+        drawn = generate.sample_continuations(
+            model.module, [x for x, _ in quark.split_continuations(some, 12)] * 20, 3, 9
+        )
         return sum(map(early, drawn)) / len(drawn)
 
     monkeypatch.setitem(quark.REWARDS, "stub", lambda m, x, y, t: [early(r) for r in y])

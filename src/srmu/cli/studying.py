@@ -78,23 +78,60 @@ def verify_command(
 @verbs.command("testbed", rich_help_panel=STUDY)
 def testbed_command(
     out: Annotated[Path, Argument(help="Folder to write.")],
-    world: Annotated[str, Option(help="closed; open: harder; people: benchmarks.")] = "closed",
-    seed: Annotated[int, Option(help="Each seed gives another world and model.")] = 0,
-    entanglement: Annotated[float, Option(min=0, max=1, help="What forget and retain-high texts share, 0 to 1.")] = 0.5,
+    world: Annotated[str, Option(help="closed; open: harder; people: benchmarks; atlas: real facts.")] = "closed",
+    seed: Annotated[int, Option(help="Each gives another world and model; atlas: other halves.")] = 0,
+    entanglement: Annotated[
+        float | None, Option(min=0, max=1, help="What forget and retain-high texts share, 0 to 1 (0.5; atlas: 1).")
+    ] = None,
     oracle: Annotated[bool, Option("--with-oracle", help="Also a twin that never saw the hazard facts.")] = False,
+    model: Annotated[str, Option(help="atlas: the real model (SmolLM2, if it is installed).")] = "",
+    region: Annotated[str, Option(help="atlas: the part of the world to forget.")] = "",
     as_json: options.Json = False,
 ) -> None:
-    """Train the small model of a fictional world and write its texts and questions."""
+    """Train the small model of a fictional world, or ask a real one, and write its texts and questions."""
     from srmu.testbed.build import build_testbed
 
-    report = build_testbed(out, seed=seed, entanglement=entanglement, oracle=oracle, watch=show_progress, world=world)
-    lines = [
-        f"overlap of forget with {name.replace('/', ', ')}s: {share:.1%} of types"
-        for name, share in report["overlap"].items()
-    ]
+    own = {"model": model, "region": region}
+    if world == "atlas":
+        build_atlas_testbed(out, own, oracle, seed, entanglement, as_json)
+        return
+    if wrong := [name for name, value in own.items() if value]:
+        raise SrmuError(f"--{wrong[0]} belongs to --world atlas, not to {world}")
+    share = 0.5 if entanglement is None else entanglement
+    report = build_testbed(out, seed=seed, entanglement=share, oracle=oracle, watch=show_progress, world=world)
+    lines = describe_overlap(report)
     for name in [name for name in ("model", "oracle") if name in report]:
         lines.append(f"{name}: {', '.join(f'{k} {v:.1%}' for k, v in report[name]['accuracy'].items())}")
     output.print_result(report, as_json, *lines, f"wrote {out}", output.next_command("unlearn", out / "high.yaml"))
+
+
+def build_atlas_testbed(
+    out: Path, own: dict[str, str], oracle: bool, seed: int, entanglement: float | None, as_json: bool
+) -> None:
+    """The testbed of real facts: `srmu testbed OUT --world atlas`."""
+    from srmu.testbed.atlas import build_atlas
+
+    if oracle:
+        raise SrmuError("--with-oracle: nobody can train a real model without the facts; leave it out")
+    given: dict[str, Any] = {
+        key: value for key, value in {**own, "entanglement": entanglement}.items() if value not in ("", None)
+    }
+    report = build_atlas(out, seed=seed, watch=show_progress, **given)
+    facts = report["facts"]
+    lines = [
+        *describe_overlap(report),
+        "facts known, right in two phrasings: " + ", ".join(f"{k} {v}" for k, v in facts.items() if "unknown" not in k),
+        f"facts of {report['region']} failed in both: {facts['unknown test'] + facts['unknown val']}",
+        report["source"],
+    ]
+    output.print_result(report, as_json, *lines, f"wrote {out}", output.next_command("unlearn", out / "high.yaml"))
+
+
+def describe_overlap(report: dict[str, Any]) -> list[str]:
+    return [
+        f"overlap of forget with {name.replace('/', ', ')}s: {share:.1%} of types"
+        for name, share in report["overlap"].items()
+    ]
 
 
 @verbs.command("reproduce", rich_help_panel=STUDY)

@@ -52,7 +52,7 @@ def response_likelihoods(model: EditableModel, contexts: Sequence[Ids], response
 
 
 def sample_continuations(
-    model: EditableModel, contexts: Sequence[Ids], length: int, seed: int, at_once: int = SAMPLED_ROWS
+    module: PreTrainedModel, contexts: Sequence[Ids], length: int, seed: int, at_once: int = SAMPLED_ROWS
 ) -> list[Ids]:
     """A continuation of each context, of `length` tokens at most, drawn at temperature 1 from all tokens."""
     rows: list[Ids] = []
@@ -60,7 +60,7 @@ def sample_continuations(
         torch.manual_seed(seed)
         for start in range(0, len(contexts), at_once):
             part = contexts[start : start + at_once]
-            rows += write_on(model.module, part, length, list_ends(model.module), do_sample=True)[0]
+            rows += write_on(module, part, length, list_ends(module), do_sample=True)[0]
     return rows
 
 

@@ -57,7 +57,7 @@ def continue_texts(model: EditableModel, topic: Topic, starts: list[Ids], length
             rows = order[first : first + AT_ONCE]
             room = length - min(len(starts[i]) for i in rows)
             if room > 0:
-                parts = sample_continuations(model, [starts[i] for i in rows], room, seed + first, AT_ONCE)
+                parts = sample_continuations(model.module, [starts[i] for i in rows], room, seed + first, AT_ONCE)
                 for i, part in zip(rows, parts, strict=True):
                     written[i] = (written[i] + part)[: max(length, len(starts[i]))]
             topic.tick()

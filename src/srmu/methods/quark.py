@@ -106,7 +106,7 @@ class Pool:
         """Add a sample for each prompt, drawn without a control token, as for the best quantile."""
         contexts = [prompt for prompt, _ in self.texts]
         seed = self.topic.number(f"samples {step}")
-        entries = self.add(model, sample_continuations(model, contexts, self.method.response, seed))
+        entries = self.add(model, sample_continuations(model.module, contexts, self.method.response, seed))
         self.explored, self.latest = step, torch.tensor([entry.reward for entry in entries]).mean()
 
     def state_dict(self) -> dict[str, Any]:

