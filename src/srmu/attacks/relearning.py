@@ -194,10 +194,17 @@ class HeavyTuning(Attack, id="E9", name="heavy_tuning", tier="deep"):
         return work, runs * max(self.steps) * seconds
 
 
-class RelearningSteps(Attack, id="E19", name="relearning_steps", tier="standard"):
+LIGHT: Kinds = (("LoRA", 5e-4, 8),)
+QUICK: dict[Tier, dict[str, Any]] = {
+    "smoke": {"steps": (5, 10, 20), "text_steps": (), "kinds": LIGHT, "small_kinds": LIGHT}
+}
+
+
+class RelearningSteps(Attack, id="E19", name="relearning_steps", tier="standard", by_tier=QUICK):
     """One training a kind, its rate constant after the warm-up; the exam is held on its way.
 
     It learns four fifths of the validation facts, as questions and statements; `val` of a way holds the last fifth.
+    Where it is named at tier smoke it is one short training of LoRA, on facts alone.
     """
 
     steps: tuple[int, ...] = (5, 10, 20, 50, 100)  # after which the exam is held
@@ -212,13 +219,16 @@ class RelearningSteps(Attack, id="E19", name="relearning_steps", tier="standard"
         learned, held = split_validation(exam, seed)
         asked = replace(exam, val=held)
         statements = dict.fromkeys(start + q.answer for q in learned for start in (q.prompt, *q.paraphrases))
-        facts, neutral = text_rows(model, [*statements]), text_rows(model, texts.neutral)
+        facts = text_rows(model, [*statements])
         on_facts = {"rows": facts, "steps": self.steps, "batch_size": self.batch}
-        on_texts = {"rows": neutral, "steps": self.text_steps, "batch_size": self.text_batch}
         trainings = {
             kind: {**on_facts, "learning_rate": rate, "rank": rank}
             for kind, rate, rank in (self.small_kinds if is_small(model) else self.kinds)
-        } | {"neutral texts, full weights": {**on_texts, "learning_rate": self.text_rate}}
+        }
+        if self.text_steps:
+            neutral = text_rows(model, texts.neutral)
+            on_texts = {"rows": neutral, "steps": self.text_steps, "batch_size": self.text_batch}
+            trainings["neutral texts, full weights"] = {**on_texts, "learning_rate": self.text_rate}
         plain = ask_exam(model, asked, "")
         budget = {"facts learned": len({*list_facts(learned)})}
         result = tune_kinds(model, asked, trainings, seed, budget, schedule="constant")

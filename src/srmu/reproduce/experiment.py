@@ -29,6 +29,7 @@ from srmu.runs.config import build_config, load_config
 from srmu.runs.plan import plan_run
 from srmu.runs.record import RECORD
 from srmu.runs.run import Run, unlearn_config
+from srmu.testbed.atlas import build_atlas
 from srmu.testbed.build import build_testbed
 from srmu.testbed.train import RECIPE
 from srmu.testbed.world import create_closed
@@ -108,8 +109,11 @@ class Testbeds:
         """Build the testbed where it is missing, with what Who's Harry Potter calls anchors."""
         folder = self.locate(regime, seed)
         if not self.is_there(regime, seed):
-            share = self.regimes[regime].get("entanglement", 0.5)
-            build_testbed(folder, seed=seed, entanglement=share, oracle=self.oracle, world=self.world, watch=watch)
+            own = {key: value for key, value in self.regimes[regime].items() if key == "entanglement"}
+            if self.world == "atlas":
+                build_atlas(folder, seed=seed, watch=watch, **own)
+            else:
+                build_testbed(folder, seed=seed, oracle=self.oracle, world=self.world, watch=watch, **own)
         anchors = folder / "anchors.json"
         if self.world == "closed" and not anchors.exists():
             # for each thing about which facts are to be forgotten one of the same kind about which none are
