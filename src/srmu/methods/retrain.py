@@ -44,6 +44,8 @@ def read_recipe(folder: Path | None) -> tuple[World, int, training.Recipe]:
         raise SrmuError(f"method retrain knows only the testbed's recipe: {why}; srmu testbed OUT")
     try:
         report: Any = read_json(path)
+        if report["world"] == "atlas":
+            raise SrmuError(f"method retrain: the model of the testbed {folder.parent} is a real one; it has no recipe")
         recipe = training.Recipe(**report["recipe"])
         create, _ = build.WORLDS[report["world"]]
         return create(report["seed"], recipe.size), report["seed"], recipe

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, files
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from srmu.testbed.places import (
 )
 from srmu.testbed.world import HALVES, World, deal_items, read_wording
 
+CITIES, BESIDE = 360, 150  # cities of the region that are asked about, and of each other one
 LEAST = 40  # facts on a region that a model must know
 DOCUMENTS = 240  # of each corpus
 WRITTEN = 60  # texts of the model's own that no corpus has
@@ -87,12 +89,14 @@ def build_atlas(
     require_free(out)
     base = locate_model(model or str(find_default()))
     reader = Reader(base, find_device(device), watch)
-    cities = reader.ask("cities and capitals", list_city_facts())
+    counts = dict.fromkeys(regions, BESIDE) | {region: CITIES}
+    parts = [reader.ask(f"cities of {name}", list_city_facts(name, count)) for name, count in counts.items()]
+    cities = Asked(*([*chain.from_iterable(some)] for some in zip(*((p.facts, p.right) for p in parts), strict=True)))
     known = Counter(fact.region for fact in cities.list_known())
     if known[region] < LEAST:
-        counts = ", ".join(f"{name} {known[name]}" for name in sorted(regions, key=lambda name: -known[name]))
+        most = ", ".join(f"{name} {known[name]}" for name in sorted(regions, key=lambda name: -known[name]))
         raise SrmuError(
-            f"{base} knows {known[region]} of the facts on {region}, and {LEAST} are needed; of all regions: {counts}"
+            f"{base} knows {known[region]} of the facts on {region}, and {LEAST} are needed; of all regions: {most}"
         )
     beside = reader.ask(f"countries of {region}", [*list_country_facts(region)])
     general = reader.ask("other kinds of facts", [*list_general_facts()])
@@ -201,7 +205,7 @@ class Reader:
                 rows = sample_continuations(self.module, part, LENGTHS[1] - 12, seed * 1000 + number, SAMPLED)
                 for start, row in zip(part, rows, strict=True):
                     text = cut_sentence(self.tokenizer.decode([*start, *row], skip_special_tokens=True))
-                    if len(texts) < count and not name_places(text, names):
+                    if text and len(texts) < count and not name_places(text, names):
                         texts.append(text)
                         tick("")
                 if len(texts) == count:

@@ -21,7 +21,7 @@ import yaml
 from srmu.errors import SrmuError
 from srmu.testbed.world import OPTIONS, Fact, Relation, read_wording
 
-CITIES = 7  # asked about in each country, the most populous ones
+A_COUNTRY = 30  # cities at most
 GENERAL = 36  # facts of each kind that is no place
 ALIKE = 4  # letters: "Tunis is in Tunisia" tells its own answer
 DOMINANT = 5  # times as many people as in any other city of that name have those that it stands for
@@ -77,25 +77,24 @@ def list_place_names() -> frozenset[str]:
     })  # fmt: skip
 
 
-def list_city_facts() -> list[RealFact]:
-    """Where the larger cities lie, and the capitals, of all regions."""
+def list_city_facts(region: str, count: int) -> list[RealFact]:
+    """Where so many of the largest cities of a region lie, and what its capitals are."""
     countries, cities = read_places()
     relations = {relation.name: relation for relation in read_wording("atlas")["relations"]}
-    by_region: dict[str, list[Country]] = {}
-    for row in countries.values():
-        by_region.setdefault(row["region"], []).append(row)
+    own = {code: row for code, row in countries.items() if row["region"] == region}
     places = {(city["countrycode"], strip_accents(city["name"])): locate_city(city) for city in cities}
     facts = []
-    for code, country in countries.items():
-        others = [row for row in by_region[country["region"]] if row is not country]
-        names, capitals = ([row[key] for row in others] for key in ("name", "capital"))
-        for city in choose_cities(code):
-            where = {"key": strip_accents(city["name"]), "region": country["region"], "place": locate_city(city)}
-            facts.append(ask_fact(relations["city"], city["name"], country["name"], names, **where))
+    for city in choose_cities(region, count):
+        country = own[city["countrycode"]]
+        others = [row["name"] for row in own.values() if row is not country]
+        where = {"key": strip_accents(city["name"]), "region": region, "place": locate_city(city)}
+        facts.append(ask_fact(relations["city"], city["name"], country["name"], others, **where))
+    for code, country in own.items():
         if not tells_answer(country["name"], country["capital"]):
+            others = [row["capital"] for row in own.values() if row is not country]
             key = strip_accents(country["capital"])
-            where = {"key": key, "region": country["region"], "place": places.get((code, key))}
-            facts.append(ask_fact(relations["capital"], country["name"], country["capital"], capitals, **where))
+            where = {"key": key, "region": region, "place": places.get((code, key))}
+            facts.append(ask_fact(relations["capital"], country["name"], country["capital"], others, **where))
     return facts
 
 
@@ -103,15 +102,20 @@ def locate_city(city: City) -> tuple[float, float]:
     return round(city["latitude"], 2), round(city["longitude"], 2)
 
 
-@cache
-def choose_cities(code: str) -> list[City]:
-    """The most populous cities of a country, but for those whose name tells the country, or is another city's, too."""
+def choose_cities(region: str, count: int) -> list[City]:
+    """The most populous cities of a region, but for those whose name tells the country, or is another city's, too."""
     countries, cities = read_places()
-    own = [city for city in cities if city["countrycode"] == code and city["name"].replace(" ", "").isalpha()]
-    own = [city for city in own if not tells_answer(city["name"], countries[code]["name"])]
-    own = [city for city in own if DOMINANT * count_namesakes()[city["name"]][code] <= city["population"]]
-    by_name = {city["name"]: city for city in sorted(own, key=lambda city: city["population"])}
-    return sorted(by_name.values(), key=lambda city: (-city["population"], city["name"]))[:CITIES]
+    chosen: dict[tuple[str, str], City] = {}
+    by_country: Counter[str] = Counter()
+    for city in sorted(cities, key=lambda city: (-city["population"], city["name"], city["countrycode"])):
+        code, name = city["countrycode"], city["name"]
+        if code not in countries or countries[code]["region"] != region or (code, name) in chosen:
+            continue
+        known = name.replace(" ", "").isalpha() and not tells_answer(name, countries[code]["name"])
+        if known and DOMINANT * count_namesakes()[name][code] <= city["population"] and by_country[code] < A_COUNTRY:
+            chosen[code, name] = city
+            by_country[code] += 1
+    return [*chosen.values()][:count]
 
 
 @cache
