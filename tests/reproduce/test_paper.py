@@ -24,6 +24,7 @@ from srmu.reproduce.experiment import MeasuredRow, OneModel, PlannedRow, find_pr
 from srmu.reproduce.paper import add_mean, paper_needs, plan_paper, plan_rows, read_paper, reproduce_paper
 from srmu.runs.config import load_config
 from srmu.runs.run import Run
+from srmu.testbed.build import fill_template
 
 ZEPHYR = "HuggingFaceH4/zephyr-7b-beta"
 QUICK = ["train.max_steps=2", "method.layer=1", "method.window=1", "method.alpha=10"]
@@ -391,3 +392,24 @@ def test_mistakes_are_told_before_anything_is_made(tmp_path: Path, given: dict[s
 def test_dry_run_of_an_unknown_model(tmp_path: Path) -> None:
     with pytest.raises(SrmuError, match="dimensions are known of"):
         paper_needs("table3", plan_paper(tmp_path / "out", "owner/other"))
+
+
+def test_the_tables_on_a_real_model_are_planned(tmp_path: Path) -> None:
+    plan = plan_paper(tmp_path / "out", world="atlas")
+    found, lines = paper_needs("table3", plan)
+    assert found == {"testbeds": 1, "runs": 6 * 3}  # seeds draw other directions on one testbed
+    assert lines[0].startswith("1 testbed, a few minutes each where none was built before, and at most 18 runs")
+    assert {plan.place.locate("high", seed).name for seed in plan.seeds} == {"atlas"}
+    text = fill_template("atlas", name="high", seed=0, layer=7)
+    (tmp_path / "high.yaml").write_text(text, encoding="utf-8")
+    for label, settings in plan.settings.items():
+        method = load_config(tmp_path / "high.yaml", settings).method
+        assert (method.kappa, method.alpha) == (8, 100), label  # all at one strength
+    with pytest.raises(SrmuError, match="--world open: the paper's tables are made of closed and atlas"):
+        plan_paper(tmp_path / "out", world="open")
+
+
+def test_a_world_and_a_model_do_not_go_together(call: Any) -> None:
+    answer = call("reproduce", "table3", "--world", "atlas", "--model", "model", "--dry-run")
+    assert answer.code == 2
+    assert "--world and --model: tables are made of one or the other; leave one out" in answer.err

@@ -143,7 +143,7 @@ def reproduce_command(
     settings: Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help="Overrides for every run.")] = None,
     model: Annotated[str, Option(help="Folder or hub id; default: testbeds.")] = "",
     seeds: options.Seeds = "",
-    world: Annotated[str, Option(help="robust: closed, open or both (both).")] = "",
+    world: Annotated[str, Option(help="Tables: closed or atlas (closed); robust: closed, open or both (both).")] = "",
     regimes: Annotated[str, Option(help="robust: high, rho0, a,b.")] = "",
     methods: Annotated[str, Option(help="robust: these rows only, a,b.")] = "",
     tier: Annotated[str, Option(help="robust: smoke, standard or deep attacks.")] = "",
@@ -165,13 +165,22 @@ def reproduce_command(
         asked = {name: value for name, value in {**own, "seeds": seeds}.items() if value}
         reproduce_frontier(what, out, asked, settings or [], dry_run, show, as_json)
         return
-    if wrong := [name for name, value in (*own.items(), ("show", show)) if value]:
+    if world and model:
+        raise SrmuError("--world and --model: tables are made of one or the other; leave one out")
+    if wrong := [name for name, value in (*own.items(), ("show", show)) if value and name != "world"]:
         raise SrmuError(f"--{wrong[0]} belongs to srmu reproduce robust, not to {what}")
-    reproduce_tables(what, out, model, numbers, settings or [], dry_run, as_json)
+    reproduce_tables(what, out, model, world or "closed", numbers, settings or [], dry_run, as_json)
 
 
 def reproduce_tables(
-    what: str, out: Path, model: str, seeds: tuple[int, ...], settings: list[str], dry_run: bool, as_json: bool
+    what: str,
+    out: Path,
+    model: str,
+    world: str,
+    seeds: tuple[int, ...],
+    settings: list[str],
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """The paper's tables and figure: `srmu reproduce table2` and so on."""
     from srmu.report.build import write_report
@@ -181,12 +190,13 @@ def reproduce_tables(
 
     if seeds != tuple(range(len(seeds))):
         raise SrmuError(f"--seeds: those of {what} count from 0: 0,1,2")
-    place = paper.plan_paper(out, model, len(seeds) or None, settings)
+    place = paper.plan_paper(out, model, len(seeds) or None, settings, world)
     if dry_run:
         needs, lines = paper.paper_needs(what, place)
         output.print_result(needs, as_json, *lines, output.PLANNED)
         return
-    command = output.quote_command("reproduce", what, *settings, model=model, seeds=",".join(map(str, seeds)))
+    given = {"model": model, "world": world.replace("closed", ""), "seeds": ",".join(map(str, seeds))}
+    command = output.quote_command("reproduce", what, *settings, **given)
     tables = paper.reproduce_paper(what, place, command=strip_paths(command), watch=show_progress)
     print_study(tables, [*write_study(tables, out), write_report([out], out / "report.html")], as_json)
 

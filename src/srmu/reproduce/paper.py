@@ -14,6 +14,7 @@ from srmu.engine.files import format_gb, require_place
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
 from srmu.evals.statistics import Draws
+from srmu.report.format import count_words
 from srmu.report.results import strip_paths
 from srmu.reproduce import claims, experiment
 from srmu.reproduce.experiment import Experiment, MeasuredRow, OneModel, PlannedRow, Testbeds
@@ -23,6 +24,7 @@ from srmu.runs.plan import load_tokenizer, load_topics, plan_run
 from srmu.runs.run import Run
 
 BEFORE = "before"
+WORLDS = {"closed": "testbed", "atlas": "atlas"}  # what configs/reproduce.yaml calls them
 FAST = 100e12  # FLOPs a second that one may expect of a data-centre GPU in bfloat16
 Rows = Mapping[PlannedRow, MeasuredRow]
 Spec = Mapping[str, Any]  # the content of configs/reproduce.yaml, or a part of it
@@ -35,11 +37,19 @@ def read_paper(what: str) -> Spec:
     return {**spec, "tables": tables, "figures": [spec["figure2"]] if what in ("all", "figure2") else []}
 
 
-def plan_paper(out: Path, model: str = "", seeds: int | None = None, overrides: Sequence[str] = ()) -> Experiment:
-    """The experiment on testbeds, or on the model that is named; SrmuError for what cannot be."""
+def plan_paper(
+    out: Path, model: str = "", seeds: int | None = None, overrides: Sequence[str] = (), world: str = "closed"
+) -> Experiment:
+    """The experiment on testbeds of a world, or on the model that is named; SrmuError for what cannot be."""
+    if world not in WORLDS:
+        raise SrmuError(f"--world {world}: the paper's tables are made of {' and '.join(WORLDS)}")
     require_place(out)
-    own = read_paper("all")["zephyr" if model else "testbed"]
-    place: Testbeds | OneModel = OneModel(model, own) if model else Testbeds(out)
+    real = Testbeds(out, folder="atlas", world="atlas", oracle=False)
+    place: Testbeds | OneModel = real if world == "atlas" else Testbeds(out)
+    own = choose_spec(place)
+    if model:
+        own = read_paper("all")["zephyr"]
+        place = OneModel(model, own)
     if model:
         settings = {label: tuple(one.get("set", ())) for label, one in own["methods"].items()}
     else:
@@ -48,22 +58,25 @@ def plan_paper(out: Path, model: str = "", seeds: int | None = None, overrides: 
     return Experiment(out, place, settings, (*count,), tuple(own["tasks"]), overrides=tuple(overrides))
 
 
+def choose_spec(place: Testbeds | OneModel) -> Spec:
+    """What is run and asked at a place: the columns, and which of them claims call forget and utility."""
+    return read_paper("all")["zephyr" if isinstance(place, OneModel) else WORLDS[place.world]]
+
+
 def reproduce_paper(what: str, plan: Experiment, *, command: str, watch: Watch = ignore_progress) -> dict[str, Any]:
     """Make the runs that are missing, and give the tables and figures: what `reproduce.json` holds.
 
     What is in the experiment's folder already is used again.
     """
     spec, place = read_paper(what), plan.place
-    model = place.name if isinstance(place, OneModel) else ""
     if isinstance(place, OneModel):
         check_sources(plan, place)
     rows = experiment.run_experiment(plan, plan_rows(spec, plan), watch)
-    # what is run and asked there: the columns, and which of them claims call forget and utility
-    own = spec["zephyr" if model else "testbed"]
+    own = choose_spec(place)
     return {
         "kind": "reproduction",
         "paper": "arXiv 2512.16297",
-        "model": strip_paths(model) or "testbed",
+        "model": strip_paths(place.name) if isinstance(place, OneModel) else WORLDS[place.world],
         "command": command,
         "seeds": [*plan.seeds],
         "tables": [build_table(name, table, own, plan, rows) for name, table in spec["tables"].items()],
@@ -206,9 +219,10 @@ def paper_needs(what: str, plan: Experiment) -> tuple[dict[str, Any], list[str]]
     rows = plan_rows(read_paper(what), plan)
     count, place = len(plan.seeds), plan.place
     if isinstance(place, Testbeds):
-        return {"testbeds": count, "runs": len(rows) * count}, [
-            f"{count} testbeds, a minute or two each where none was built before, and at "
-            f"most {len(rows) * count} runs of some seconds; nothing is fetched"
+        beds, each = (1, "some minutes") if place.world == "atlas" else (count, "some seconds")
+        return {"testbeds": beds, "runs": len(rows) * count}, [
+            f"{count_words(beds, 'testbed')}, a few minutes each where none was built before, and at "
+            f"most {len(rows) * count} runs of {each}; nothing is fetched"
         ]
     return estimate_needs(plan, place, rows)
 
