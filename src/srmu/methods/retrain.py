@@ -45,7 +45,7 @@ def read_recipe(folder: Path | None) -> tuple[World, int, training.Recipe]:
     try:
         report: Any = read_json(path)
         if report["world"] == "atlas":
-            raise SrmuError(f"method retrain: the model of the testbed {folder.parent} is a real one; it has no recipe")
+            raise SrmuError(f"method retrain: the model of the testbed {path.parent} is a real one; it has no recipe")
         recipe = training.Recipe(**report["recipe"])
         create, _ = build.WORLDS[report["world"]]
         return create(report["seed"], recipe.size), report["seed"], recipe

@@ -93,7 +93,7 @@ def list_city_facts(region: str, count: int) -> list[RealFact]:
         if not tells_answer(country["name"], country["capital"]):
             others = [row["capital"] for row in own.values() if row is not country]
             key = strip_accents(country["capital"])
-            where = {"key": key, "region": region, "place": places.get((code, key))}
+            where = dict[str, Any](key=key, region=region, place=places.get((code, key)))
             facts.append(ask_fact(relations["capital"], country["name"], country["capital"], others, **where))
     return facts
 
