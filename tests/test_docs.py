@@ -69,11 +69,12 @@ def test_readme_commands_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
-def test_readme_has_the_numbers_of_the_demo() -> None:
-    rows = json.loads((ROOT / "configs" / "demo.json").read_text())["rows"]
+@pytest.mark.parametrize(("name", "page"), [("demo-atlas.json", "README.md"), ("demo.json", "docs/testbed.md")])
+def test_docs_have_the_numbers_of_the_demo(name: str, page: str) -> None:
+    rows = json.loads((ROOT / "configs" / name).read_text())["rows"]
     both = [row | {"entangled": "either"} if row["method"] == "before" else row for row in rows]
     lines = dict.fromkeys(f"| {' | '.join(row.values())} |" for row in both)
-    assert "|---|\n{}\n\n".format("\n".join(lines)) in (ROOT / "README.md").read_text()
+    assert "|---|\n{}\n\n".format("\n".join(lines)) in (ROOT / page).read_text()
 
 
 @pytest.mark.slow

@@ -19,6 +19,9 @@ class Past(list[list[int]]):
     def batch_repeat_interleave(self, count: int) -> None:
         self[:] = [list(row) for row in self for _ in range(count)]
 
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self[:] = [list(self[i]) for i in indices]
+
 
 class RuleModel(torch.nn.Module):
     """Looks like a transformers model, and says after each text what its rule says."""

@@ -132,7 +132,7 @@ def shipped(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({}, "All 40 numbers agree with the README's, within their intervals."),
+        ({}, "All 40 numbers agree with the docs', within their intervals."),
         ({"hazard": "26.4 (19.9-33.9)"}, "All 40 numbers agree"),  # as another processor printed it
         ({"hazard": "52.0 (45.0-59.0)"}, "low SRMU hazard: 52.0 (45.0-59.0) here, 32.1 (25.0"),
         (
@@ -146,7 +146,7 @@ def test_a_table_is_compared_with_the_published_one(changed: dict[str, str], sai
 
 
 def test_another_demo_is_not_compared(shipped: Path) -> None:
-    told = "Not compared with the README, whose numbers are those of srmu demo --seeds 0,1,2 in a new folder."
+    told = "Not compared with the docs, whose numbers are those of srmu demo --seeds 0,1,2 in a new folder."
     for seeds in ((0,), (1, 2, 3), (2, 1, 0)):
         assert demo.compare_published(published_rows(), shipped, seeds) == told
     write_json(shipped / "testbed" / "organism.json", {"world": "closed", "seed": 1})

@@ -140,7 +140,7 @@ def next_logits(module: PreTrainedModel, rows: Sequence[Ids], width: int) -> Flo
     """Logits after each of the last `width` tokens of each row; a shorter row begins with its first token's again."""
     ids = pad_rows(rows)  # padding on the right cannot be seen from the tokens before it
     keep = torch.tensor([[max(len(row) + i, 0) for i in range(-width, 0)] for row in rows])
-    return read_logits(module, ids.to(module.device), keep.to(module.device), use_cache=False)
+    return read_logits(module, ids.to(module.device), keep.to(module.device), use_cache=False)[0]
 
 
 def draw_tokens(

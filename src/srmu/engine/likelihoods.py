@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
 
 from srmu.engine.sites import edit_input
 from srmu.errors import SrmuError
@@ -55,14 +54,13 @@ def score_answers(
             if past_kept and shared:
                 past = model(ids[:1, :shared], use_cache=True, logits_to_keep=1).past_key_values
                 past.batch_repeat_interleave(len(rows))
-            elif not stems.isdisjoint(rows):
-                past = DynamicCache(config=model.config)
             start = shared if past_kept else 0
             width = max(tails[row] for row in rows)
             keep = [[max(len(row) - start + i, 0) for i in range(-width, 0)] for row in rows]
             states: Any = {"past_key_values": past} if past else {}
+            states["use_cache"] = past is not None or not stems.isdisjoint(rows)
             keeps = torch.tensor(keep, device=model.device)
-            logits = read_logits(model, ids[:, start:], keeps, use_cache=past is not None, **states)
+            logits, past = read_logits(model, ids[:, start:], keeps, **states)
             # an answer ends at its input's last position; -1 before it, where others are longer
             words = [[-1] * (width - len(answer)) + [*answer] for _, _, answer in asked]
             found = pick_words(logits, [n for n, _, _ in asked], words, dtype)
@@ -112,13 +110,18 @@ def pick_words(
     return [*zip(picked.sum(-1).tolist(), likeliest.all(-1).tolist(), strict=True)]
 
 
-def read_logits(model: Any, ids: Tensor, keep: Tensor, **options: Any) -> Tensor:
-    """Logits at some positions of each row, (B, W, V) for the (B, W) of `keep`; only they meet the vocabulary."""
+def read_logits(model: Any, ids: Tensor, keep: Tensor, **options: Any) -> tuple[Tensor, Any]:
+    """Logits at some positions of each row, (B, W, V) for the (B, W) of `keep`, and keys and values of the past.
+
+    Only those positions meet the vocabulary.
+    """
     if "logits_to_keep" in signature(model.forward).parameters:
         # not as logits_to_keep, which transformers before 5.20 does not take row by row
         with edit_input(model.get_output_embeddings(), lambda value: value.take_along_dim(keep[..., None], 1)):
-            return model(ids, **options).logits
-    return model(ids, **options).logits[torch.arange(len(ids), device=ids.device)[:, None], keep]
+            output = model(ids, **options)
+            return output.logits, getattr(output, "past_key_values", None)
+    output = model(ids, **options)
+    return output.logits[torch.arange(len(ids), device=ids.device)[:, None], keep], None
 
 
 def keeps_past(model: Any) -> bool:

@@ -142,7 +142,7 @@ def terminal_table(groups: Sequence[RunGroup]) -> list[dict[str, Any]]:
 
 
 def compare_published(rows: Sequence[Mapping[str, str]], out: Path, seeds: Sequence[int]) -> str:
-    """A sentence: whether the rows of `terminal_table` agree with the README's, which are in `configs/demo.json`.
+    """A sentence: whether the rows of `terminal_table` agree with those of the docs, which are in `configs/demo.json`.
 
     Digits depend on the processor, which decides the last bits of a sum and with them the course of each training, the
     testbed model's too. That part no interval holds, so numbers agree where their intervals overlap: of a demo
@@ -152,7 +152,7 @@ def compare_published(rows: Sequence[Mapping[str, str]], out: Path, seeds: Seque
     testbed = {"world": "closed", "seed": published["seeds"][0], "entanglement": 0.5, "recipe": asdict(RECIPE)}
     if [*seeds] != published["seeds"] or testbed != {key: made.get(key) for key in testbed}:
         given = ",".join(map(str, published["seeds"]))
-        return f"Not compared with the README, whose numbers are those of srmu demo --seeds {given} in a new folder."
+        return f"Not compared with the docs, whose numbers are those of srmu demo --seeds {given} in a new folder."
     here = {(row["entangled"], row["method"]): row for row in rows}
     differ, count = [], len(published["rows"]) * len(METRICS)
     for there, name in product(published["rows"], METRICS.values()):
@@ -161,8 +161,8 @@ def compare_published(rows: Sequence[Mapping[str, str]], out: Path, seeds: Seque
         if one.high < other.low or other.high < one.low:
             differ.append(f"{row['entangled']} {row['method']} {name}: {row[name]} here, {there[name]} there")
     if not differ:
-        return f"All {count} numbers agree with the README's, within their intervals."
-    told = f"Of {count} numbers, these have intervals apart from the README's: {'; '.join(differ)}."
+        return f"All {count} numbers agree with the docs', within their intervals."
+    told = f"Of {count} numbers, these have intervals apart from the docs': {'; '.join(differ)}."
     advice = "On the two machines tried, the processor alone made no such difference"
     return f"{told} {advice}: check whether the code or a library changed."
 
