@@ -33,11 +33,12 @@ def play_demo_command(
     """The whole story offline: a real model, four methods, two regimes, a table, a map and an attack."""
     from srmu.reproduce import demo
 
+    named = output.split_seeds(seeds)
     chosen, why = (world, "") if world else demo.choose_world()
     if why:
         print_line(why)
     real = chosen == "atlas"
-    numbers = output.split_seeds(seeds or ("0" if real else "0,1,2"))
+    numbers = named or ((0,) if real else (0, 1, 2))
     entries, report = demo.play_demo(out, numbers, show_progress, chosen)
     rows = demo.terminal_table(entries)
     if real:
