@@ -4,6 +4,7 @@ import os
 import socket
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,14 @@ HERE = str(Path(__file__).parent)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (HERE, os.environ.get("PYTHONPATH"))))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def processor() -> Iterator[None]:
+    """One that computes in bfloat16: the dtype that a model is loaded in is not to depend on the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("srmu.engine.loading.computes_bf16", lambda: True)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No sockets, and a cache folder of the test's own."""
@@ -27,8 +36,6 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "cache"))
-    # what dtype a model is loaded in is not to depend on the processor
-    monkeypatch.setattr("srmu.engine.loading.computes_bf16", lambda: True)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from helpers.models import save_pico
 from srmu.engine import devices, loading
@@ -53,6 +54,10 @@ def test_a_run_saves_the_checkpoints_dtype(workplace):
     run = unlearn_config(config)
     assert {tensor.dtype for tensor in run.delta.values()} == {torch.bfloat16}
     assert Run.open(run.folder).config.dtype == "float32"
+    # it is compared with the run in what the run computes in
+    exported = run.export(workplace / "exported")
+    stored = (tensor.dtype for path in exported.glob("*.safetensors") for tensor in load_file(path).values())
+    assert {*stored} == {torch.bfloat16}
 
 
 def test_the_processor_is_asked_once(monkeypatch):
