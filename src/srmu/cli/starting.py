@@ -16,6 +16,8 @@ KINDS = {
     "suites": "suites",
     "hashes": "hashes",
     "models from GGUF": "gguf",
+    "what models know": "atlas",
+    "answers of the demo": "asked",
 }
 
 verbs = typer.Typer()

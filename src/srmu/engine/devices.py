@@ -57,8 +57,9 @@ def free_bytes(device: str | torch.device) -> int:
 
 @cache
 def computes_bf16() -> bool:
-    """Whether this processor multiplies in bfloat16 as fast as in float32, or nearly; without instructions for it
-    that takes some thirty times as long.
+    """Whether this processor multiplies about as fast in bfloat16 as in float32.
+
+    Without instructions for bfloat16 it takes some thirty times as long.
     """
     seconds = []
     for dtype in (torch.bfloat16, torch.float32):

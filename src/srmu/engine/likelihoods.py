@@ -28,8 +28,8 @@ def score_answers(
 ) -> list[tuple[float, bool]]:
     """Of each pair (tokens before, tokens of the answer): log p, and whether each is the likeliest; as lm-eval's.
 
-    What several answers come after is run once, a start that the inputs of a batch share too, and only positions that
-    predict an answer meet the vocabulary. `dtype` is that of the softmax; `done` is told of each result.
+    A prompt of several answers is read once, and so is a start that the inputs of a batch share; only positions that
+    predict an answer meet the vocabulary. `dtype` is that of the softmax; `done` gets each result.
     """
     past_kept = keeps_past(model)
     inputs = [cut_input(before, answer, max_length) for before, answer in pairs]
@@ -64,13 +64,19 @@ def score_answers(
             # an answer ends at its input's last position; -1 before it, where others are longer
             words = [[-1] * (width - len(answer)) + [*answer] for _, _, answer in asked]
             found = pick_words(logits, [n for n, _, _ in asked], words, dtype)
-            rest = [(n, i, pairs[i][1]) for n, i, answer in asked if len(answer) < len(pairs[i][1])]
-            more = dict(zip((i for _, i, _ in rest), read_on(model, past, rest, dtype), strict=True))
+            rest = {i: (n, pairs[i][1]) for n, i, answer in asked if len(answer) < len(pairs[i][1])}
+            more = dict(zip(rest, read_on(model, past, [*rest.values()], dtype), strict=True))
         for (_, i, _), (log, likeliest) in zip(asked, found, strict=True):
             further, also = more.get(i, (0.0, True))
             results[i] = (log + further, likeliest and also)
             done(i, results[i])
     return [results[i] for i in range(len(pairs))]
+
+
+def split_answers(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    """Of each pair (prompt, the same text with its answer): the prompt's tokens, and those that the answer adds."""
+    befores, wholes = (tokenizer(list(texts))["input_ids"] for texts in zip(*pairs, strict=True))
+    return [(before, whole[len(before) :]) for before, whole in zip(befores, wholes, strict=True)]
 
 
 def cut_input(before: Sequence[int], answer: Sequence[int], max_length: int) -> Tokens:
@@ -82,21 +88,21 @@ def cut_input(before: Sequence[int], answer: Sequence[int], max_length: int) -> 
 
 
 def read_on(
-    model: Any, past: Any, rest: Sequence[tuple[int, int, Sequence[int]]], dtype: torch.dtype | None
+    model: Any, past: Any, rest: Sequence[tuple[int, Sequence[int]]], dtype: torch.dtype | None
 ) -> list[tuple[float, bool]]:
-    """What the tokens of answers after their first one get: (row of `past`, anything, answer) of each.
+    """Log p of the tokens after an answer's first one, for each (row of `past`, answer); whether each is likeliest.
 
     All rows of `past` have one length, so that no position is empty.
     """
     if not rest:
         return []
-    rows = [*dict.fromkeys((n, (*answer[:-1],)) for n, _, answer in rest)]
+    rows = [*dict.fromkeys((n, (*answer[:-1],)) for n, answer in rest)]
     past.batch_select_indices(torch.tensor([n for n, _ in rows], device=model.device))
     ids = pad_sequence([torch.tensor(tokens, device=model.device) for _, tokens in rows], batch_first=True)
     logits = model(ids, past_key_values=past, use_cache=True).logits
     places = {row: at for at, row in enumerate(rows)}
-    words = [[*answer[1:]] + [-1] * (ids.shape[1] + 1 - len(answer)) for _, _, answer in rest]
-    return pick_words(logits, [places[n, (*answer[:-1],)] for n, _, answer in rest], words, dtype)
+    words = [[*answer[1:]] + [-1] * (ids.shape[1] + 1 - len(answer)) for _, answer in rest]
+    return pick_words(logits, [places[n, (*answer[:-1],)] for n, answer in rest], words, dtype)
 
 
 def pick_words(

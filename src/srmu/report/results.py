@@ -137,8 +137,7 @@ def explain_degeneration(entries: Sequence[RunGroup]) -> list[str]:
         plain = {when: {name: vars(one) for name, one in of_it.items()} for when, of_it in numbers.items()}
         said += [f"{row.name}: {sentence}" for sentence in explain_repetition(plain)]
     if len(said) > FEW:
-        others = f" Another {len(said) - FEW} do too; the section of other measurements has all."
-        return [f"{'; '.join(said[:FEW])}.{others}"]
+        return [f"{'; '.join(said[:FEW])}. The section on other measurements has more of these."]
     return [f"{'; '.join(said)}."] if said else []
 
 

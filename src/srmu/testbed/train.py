@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from srmu.engine.files import cache_dir, require_place, sha256, write_json
-from srmu.engine.likelihoods import score_answers
+from srmu.engine.likelihoods import score_answers, split_answers
 from srmu.engine.progress import Tick, Watch, ignore_progress
 from srmu.errors import SrmuError
 from srmu.testbed.open_world import spelling_texts
@@ -151,9 +151,8 @@ def score_pairs(model: LlamaForCausalLM, world: World, pairs: list[tuple[str, st
     """Each answer's log-probability after its question, and whether no other is likelier."""
     tokenizer = tokenizer_for(world)
     prompts = [world.wording["question"].format(q=question) for question, _ in pairs]
-    texts = [f"{prompt} {answer}" for prompt, (_, answer) in zip(prompts, pairs, strict=True)]
-    ids = zip(tokenizer(prompts)["input_ids"], tokenizer(texts)["input_ids"], strict=True)
-    return score_answers(model, [(before, whole[len(before) :]) for before, whole in ids], MAX_LENGTH)
+    texts = [(prompt, f"{prompt} {answer}") for prompt, (_, answer) in zip(prompts, pairs, strict=True)]
+    return score_answers(model, split_answers(tokenizer, texts), MAX_LENGTH)
 
 
 def fresh_model(world: World, seed: int, recipe: Recipe) -> LlamaForCausalLM:
