@@ -40,9 +40,10 @@ def again(tmp_path_factory: pytest.TempPathFactory) -> Any:
         "Another": ["method.name=adaptive_rmu", "method.kappa=1"],
     }
     spec = read_preset("reproduce.yaml")
-    spec["figure2"]["coeffs"] = [1, 1.0e30]
+    figure = spec["figures"]["figure2"]
+    figure |= {"coeffs": [1, 1.0e30], "compared": {"general": [5]}}
     for label in ("difference", "product", "Adaptive RMU"):
-        del spec["figure2"]["series"][label]
+        del figure["series"][label]
     del spec["tables"]["table3"]
     for name in ("table4", "table4-matched"):
         changes = spec["tables"][name]["changes"]
@@ -281,9 +282,10 @@ def test_claims_name_rows_that_there_are() -> None:
         for claim in one["claims"]:
             assert {*claim["of"]} <= {*one["rows"]}, claim
             assert claim["metric"] in ("forget", "utility")
-    for claim in spec["figure2"]["claims"]:
-        assert {*claim["of"]} <= {*spec["figure2"]["series"]}
-    grid = spec["figure2"]["coeffs"]
+    figure = spec["figures"]["figure2"]
+    for claim in figure["claims"]:
+        assert {*claim["of"]} <= {*figure["series"]}
+    grid = figure["coeffs"]
     assert {*range(11, 170, 10), 1} <= {*grid}
 
 
@@ -394,17 +396,36 @@ def test_dry_run_of_an_unknown_model(tmp_path: Path) -> None:
         paper_needs("table3", plan_paper(tmp_path / "out", "owner/other"))
 
 
+def test_series_are_compared_where_they_lose_as_much(again: Any) -> None:
+    """Curves of one point that did not diverge, the first of which the others are held against."""
+    found, out, _, _ = again
+    (compared,) = found["figures"][0]["compared"]
+    assert (compared["kept"], compared["lost"]) == ("general", 0.05)
+    first, other = compared["rows"]
+    assert (first["method"], other["method"]) == ("ratio", "RMU")
+    assert first["forget_difference"] is None and other["forget_difference"]["low"] <= 0
+    assert (first["points"], first["seeds"]) == (1, 2)
+    text = (out / "reproduce.md").read_text()
+    assert "Where 5 points of general knowledge are lost" in text
+    assert "| method | runs | utility lost | forget accuracy | less the first's | verdict |" in text
+
+
 def test_the_tables_on_a_real_model_are_planned(tmp_path: Path) -> None:
     plan = plan_paper(tmp_path / "out", world="atlas")
+    spec = read_paper("table3", "atlas")
     found, lines = paper_needs("table3", plan)
-    assert found == {"testbeds": 1, "runs": 6 * 3}  # seeds draw other directions on one testbed
-    assert lines[0].startswith("1 testbed, a few minutes each where none was built before, and at most 18 runs")
-    assert {plan.place.locate("high", seed).name for seed in plan.seeds} == {"atlas"}
+    # two regions; three directions of the misdirection methods, one of the others
+    many = [len(one.get("coeffs", spec["figures"]["curves-high"]["coeffs"])) * (1 if "once" in one else 3)
+            for one in spec["figures"]["curves-high"]["series"].values()]
+    assert found == {"testbeds": 2, "runs": 2 * sum(many)}
+    assert lines[0].startswith("2 testbeds, a few minutes each where none was built before, and at most ")
+    places = [plan.place.locate(f"high {region}", seed).name for region in spec["regions"] for seed in plan.seeds]
+    assert places == [region for region in spec["regions"] for _ in plan.seeds]
     text = fill_template("atlas", name="high", seed=0, layer=7)
     (tmp_path / "high.yaml").write_text(text, encoding="utf-8")
     for label, settings in plan.settings.items():
         method = load_config(tmp_path / "high.yaml", settings).method
-        assert (method.kappa, method.alpha) == (8, 100), label  # all at one strength
+        assert getattr(method, "kappa", 8) == 8 and (label != "RMU" or method.alpha == 100), label
     with pytest.raises(SrmuError, match="--world open: the paper's tables are made of closed and atlas"):
         plan_paper(tmp_path / "out", world="open")
 

@@ -196,7 +196,7 @@ class HeavyTuning(Attack, id="E9", name="heavy_tuning", tier="deep"):
 
 LIGHT: Kinds = (("LoRA", 5e-4, 8),)
 QUICK: dict[Tier, dict[str, Any]] = {
-    "smoke": {"steps": (5, 10, 20), "text_steps": (), "kinds": LIGHT, "small_kinds": LIGHT}
+    "smoke": {"steps": (5, 10, 20, 50), "text_steps": (), "kinds": LIGHT, "small_kinds": LIGHT}
 }
 
 

@@ -204,28 +204,19 @@ def compare_command(
     from dataclasses import asdict
 
     from srmu.evals.compare import compare_runs, suggest_attack
+    from srmu.report.format import format_comparison
 
     share, named = output.parse_share(budget), (output.split_names(metrics), output.split_names(utility_metrics))
     rows = compare_runs(runs, share, *named)
-    table = [
-        {
-            "method": row.method,
-            "runs": f"{row.points} x {row.seeds}",
-            "utility lost": str(row.utility_loss),
-            "forget accuracy": str(row.forget_accuracy),
-            "K*": str(row.residual or ""),
-            "K* less the first's": str(row.residual_difference or ""),
-            "verdict": ", ".join(filter(None, [row.verdict, row.note])),
-        }
-        for row in rows
-    ]
+    answer = [asdict(row) for row in rows]
     lines = [f"In %, with 95 % intervals, at {share:.1%} of utility lost; runs: strengths x seeds."]
     attacked = any(row.residual for row in rows)
     if not attacked:
         lines.append("no attack was run on all of these: accuracy alone says little")
     folder, more = suggest_attack(runs, *named)
     lines.append(f"next: {output.quote_command('attack', output.shorten_path(folder), **more)}")
-    output.print_result({"budget": share, "rows": [asdict(row) for row in rows]}, as_json, *lines, table=table)
+    table = [*map(format_comparison, answer)]
+    output.print_result({"budget": share, "rows": answer}, as_json, *lines, table=table)
 
 
 @verbs.command("inspect", rich_help_panel=GROUP)

@@ -47,6 +47,23 @@ def format_share(share: Estimate) -> str:
     return f"{share.value:.2f} ({share.low:.2f}\N{EN DASH}{share.high:.2f})"
 
 
+def format_comparison(row: Mapping[str, Any]) -> dict[str, str]:
+    """A method's line in a table of methods at the same loss of utility, of a `ComparisonRow` as a dict."""
+
+    def cell(*names: str) -> str:
+        return next((str(read_estimate(row[name])) for name in names if row[name]), "")
+
+    return {
+        "method": row["method"],
+        "runs": f"{row['points']} x {row['seeds']}",
+        "utility lost": cell("utility_loss"),
+        "forget accuracy": cell("forget_accuracy"),
+        "K*": cell("residual"),
+        "less the first's": cell("residual_difference", "forget_difference"),
+        "verdict": ", ".join(filter(None, [row["verdict"], row["note"]])),
+    }
+
+
 def escape_controls(text: str) -> str:
     """A text that cannot steer a terminal: what is not printed stands there as Python writes it."""
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)

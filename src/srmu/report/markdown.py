@@ -9,7 +9,7 @@ from srmu.engine.files import write_json, write_whole
 from srmu.methods.reference import markdown_table
 from srmu.report.attacks import CONTROLS
 from srmu.report.figures import Figure, Series, draw_figure, label_look, make_look
-from srmu.report.format import format_share, read_estimate, write_words
+from srmu.report.format import format_comparison, format_share, read_estimate, write_words
 from srmu.report.html import LABEL, Block, Section, Table
 
 Study = Mapping[str, Any]  # what `reproduce_paper` or `build_frontier_tables` gives
@@ -75,7 +75,19 @@ def reproduction_sections(study: Study) -> dict[str, Section]:
         sections[one["name"]] = Section(one["title"], [one["note"]] if one["note"] else [], blocks)
     for one in study["figures"]:
         figure = draw_reproduction(one, study_labels(study))
-        blocks = list_blocks({points: point_rows(one), claims: claim_rows(one["claims"])}, figure)
+        compared = {
+            f"Where {100 * each['lost']:g} points of {each['kept']} knowledge are lost; less than 0: forgets more "
+            "than the first": compared_rows(each)
+            for each in one.get("compared", ())
+        }
+        relearned = "Accuracy after LoRA learned other facts of the kind; K*: the share of the knowledge it finds"
+        tables = {
+            points: point_rows(one),
+            **compared,
+            relearned: relearned_rows(one),
+            claims: claim_rows(one["claims"]),
+        }
+        blocks = list_blocks(tables, figure)
         sections[one["name"]] = Section(f"{one['title']} ({one['y_title']})", [], blocks)
     return sections
 
@@ -94,16 +106,43 @@ def table_rows(table: Study) -> Rows:
 
 
 def point_rows(figure: Study) -> Rows:
-    """A figure's points as strings, a row for each coefficient: forgotten, kept, and kappa."""
-    rows: dict[str, dict[str, str]] = {}
+    """A figure's points as strings, a row for each strength: forgotten, kept, and kappa."""
+    empty = {one["label"]: "" for one in figure["series"]}
+    rows: dict[float, dict[str, str]] = {}
     for one in figure["series"]:
         for point in one["points"]:
             text = point.get("why", "")
             if point["x"]:
-                text = f"{100 * point['x']['value']:.1f}, {100 * point['y']['value']:.1f} ({point['kappa']:.2g})"
-            coeff = f"{point['coeff']:g}"
-            rows.setdefault(coeff, {"coeff": coeff})[one["label"]] = text
-    return [*rows.values()]
+                kappa = "" if point["kappa"] is None else f" ({point['kappa']:.2g})"
+                text = f"{100 * point['x']['value']:.1f}, {100 * point['y']['value']:.1f}{kappa}"
+            row = rows.setdefault(point["coeff"], {"strength": f"{point['coeff']:g}", **empty})
+            row[one["label"]] = text
+    return [rows[coeff] for coeff in sorted(rows)]
+
+
+def compared_rows(compared: Study) -> Rows:
+    """Methods at the same loss as strings; without a column that says nothing."""
+    rows = [format_comparison(row) for row in compared["rows"]]
+    return [{key: row[key] for key in row if any(one[key] for one in rows)} for row in rows]
+
+
+def relearned_rows(figure: Study) -> Rows:
+    """Points under a short training as strings: accuracy in % by steps, and K*."""
+    rows = []
+    for row in figure.get("relearned", ()):
+        if why := row.get("why"):
+            rows.append({"method": row["method"], "why": why})
+            continue
+        steps = {name: f"{100 * value:.1f}" for name, value in row["steps"].items()}
+        rows.append(
+            {
+                "method": row["method"],
+                "kappa": f"{row['kappa']:.2g}",
+                **steps,
+                "K*": format_share(read_estimate(row["K*"])),
+            }
+        )
+    return rows
 
 
 def claim_rows(claims: list[Study]) -> Rows:

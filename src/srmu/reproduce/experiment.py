@@ -63,6 +63,7 @@ class PlannedRow(NamedTuple):
     regime: str
     extra: tuple[str, ...] = ()  # settings besides
     strength: tuple[str, str] | None = None  # a method whose run hands over its "coeff" or "kappa", seed by seed
+    once: bool = False  # with the first seed alone
 
 
 class RunJob(NamedTuple):
@@ -109,9 +110,10 @@ class Testbeds:
         """Build the testbed where it is missing, with what Who's Harry Potter calls anchors."""
         folder = self.locate(regime, seed)
         if not self.is_there(regime, seed):
-            own = {key: value for key, value in self.regimes[regime].items() if key == "entanglement"}
+            own = {key: value for key, value in self.regimes[regime].items() if key in ("entanglement", "region")}
             if self.world == "atlas":
-                build_atlas(folder, seed=seed, watch=watch, **own)
+                # the seeds of runs draw directions; unless the folder says so, all are on one testbed
+                build_atlas(folder, seed=seed if "{seed}" in self.folder else 0, watch=watch, **own)
             else:
                 build_testbed(folder, seed=seed, oracle=self.oracle, world=self.world, watch=watch, **own)
         anchors = folder / "anchors.json"
@@ -219,16 +221,23 @@ def run_experiment(
     sources = [PlannedRow(row.strength[0], row.strength[0], row.regime) for row in rows if row.strength]
     strong = run_experiment(experiment, sources, watch, make=make) if sources else {}
     found = {
-        (row, seed): find_measured_run(experiment, row, seed, strong) for row, seed in product(rows, experiment.seeds)
+        (row, seed): find_measured_run(experiment, row, seed, strong)
+        for row in rows
+        for seed in list_seeds(experiment, row)
     }
     missing = [*dict.fromkeys(run for run in found.values() if isinstance(run, RunJob))]
     made = make_runs(experiment, missing, watch) if make and missing else {}
     measured = {}
     for row in rows:
-        runs = {seed: found[row, seed] for seed in experiment.seeds}
+        runs = {seed: found[row, seed] for seed in list_seeds(experiment, row)}
         outcomes = {k: made.get(run, NOT_RUN) if isinstance(run, RunJob) else run for k, run in runs.items()}
         measured[row] = collect_row(experiment, row, outcomes)
     return measured
+
+
+def list_seeds(experiment: Experiment, row: PlannedRow) -> tuple[int, ...]:
+    """The seeds of a row's runs."""
+    return experiment.seeds[:1] if row.once else experiment.seeds
 
 
 def find_measured_run(

@@ -3,38 +3,46 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from srmu.attacks.suite import attack_run
 from srmu.engine.files import format_gb, require_place
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
+from srmu.evals.compare import compare_runs
+from srmu.evals.results import read_attacks
 from srmu.evals.statistics import Draws
 from srmu.report.format import count_words
 from srmu.report.results import strip_paths
 from srmu.reproduce import claims, experiment
-from srmu.reproduce.experiment import Experiment, MeasuredRow, OneModel, PlannedRow, Testbeds
+from srmu.reproduce.experiment import REGIMES, Experiment, MeasuredRow, OneModel, PlannedRow, RunJob, Scored, Testbeds
+from srmu.reproduce.robust import estimate_residual
 from srmu.runs import estimate
 from srmu.runs.config import load_config
 from srmu.runs.plan import load_tokenizer, load_topics, plan_run
 from srmu.runs.run import Run
 
 BEFORE = "before"
+RELEARNING = "relearning_steps"  # the attack on points of a figure
 WORLDS = {"closed": "testbed", "atlas": "atlas"}  # what configs/reproduce.yaml calls them
 FAST = 100e12  # FLOPs a second that one may expect of a data-centre GPU in bfloat16
 Rows = Mapping[PlannedRow, MeasuredRow]
 Spec = Mapping[str, Any]  # the content of configs/reproduce.yaml, or a part of it
 
 
-def read_paper(what: str) -> Spec:
-    """What is run and claimed, with the tables and figures that a name stands for."""
-    spec = experiment.read_preset("reproduce.yaml")
+def read_paper(what: str, own: str = "testbed") -> Spec:
+    """What is run and asked at a place, with the tables and figures that a name stands for."""
+    preset = experiment.read_preset("reproduce.yaml")
+    spec = {"tables": preset["tables"], "figures": preset["figures"], **preset[own]}
     tables = {name: table for name, table in spec["tables"].items() if what in ("all", name.split("-")[0])}
-    return {**spec, "tables": tables, "figures": [spec["figure2"]] if what in ("all", "figure2") else []}
+    figures = {name: figure for name, figure in spec["figures"].items() if what in ("all", *figure["asked"])}
+    return {**spec, "tables": tables, "figures": figures}
 
 
 def plan_paper(
@@ -44,12 +52,12 @@ def plan_paper(
     if world not in WORLDS:
         raise SrmuError(f"--world {world}: the paper's tables are made of {' and '.join(WORLDS)}")
     require_place(out)
-    place: Testbeds | OneModel = Testbeds(out)
-    if model:
-        place = OneModel(model, read_paper("all")["zephyr"])
-    elif world == "atlas":
-        place = Testbeds(out, folder="atlas", world="atlas", oracle=False)
-    own = choose_spec(place)
+    own = read_paper("all", "zephyr" if model else WORLDS[world])
+    place: Testbeds | OneModel = OneModel(model, own) if model else Testbeds(out)
+    if not model and world == "atlas":
+        place = Testbeds(
+            out, {case: one for regime in REGIMES for case, one in list_cases(regime, own)}, "{regime}", world, False
+        )
     if model:
         settings = {label: tuple(one.get("set", ())) for label, one in own["methods"].items()}
     else:
@@ -58,9 +66,15 @@ def plan_paper(
     return Experiment(out, place, settings, (*count,), tuple(own["tasks"]), overrides=tuple(overrides))
 
 
-def choose_spec(place: Testbeds | OneModel) -> Spec:
-    """What is run and asked at a place: the columns, and which of them claims call forget and utility."""
-    return place.spec if isinstance(place, OneModel) else read_paper("all")[WORLDS[place.world]]
+def choose_spec(what: str, plan: Experiment) -> Spec:
+    """What is run and asked where an experiment is made."""
+    return read_paper(what, WORLDS[plan.place.world] if isinstance(plan.place, Testbeds) else "zephyr")
+
+
+def list_cases(regime: str, own: Spec) -> list[tuple[str, Mapping[str, Any]]]:
+    """The testbeds of a regime by what an experiment calls it there: one, or one a region."""
+    beds = [{"testbed": region, "region": region} for region in own.get("regions", ())] or [{}]
+    return [(f"{regime} {bed.get('region', '')}".strip(), {**REGIMES[regime], **bed}) for bed in beds]
 
 
 def reproduce_paper(what: str, plan: Experiment, *, command: str, watch: Watch = ignore_progress) -> dict[str, Any]:
@@ -68,20 +82,57 @@ def reproduce_paper(what: str, plan: Experiment, *, command: str, watch: Watch =
 
     What is in the experiment's folder already is used again.
     """
-    spec, place = read_paper(what), plan.place
+    spec, place = choose_spec(what, plan), plan.place
     if isinstance(place, OneModel):
         check_sources(plan, place)
-    rows = experiment.run_experiment(plan, plan_rows(spec, plan), watch)
-    own = choose_spec(place)
+    rows = measure_rows(plan_rows(spec, plan), spec, plan, watch)
+    figures = [
+        {**build_figure(name, figure, spec, rows), "relearned": relearn_points(name, plan, spec, watch)}
+        for name, figure in spec["figures"].items()
+    ]
     return {
         "kind": "reproduction",
         "paper": "arXiv 2512.16297",
         "model": strip_paths(place.name) if isinstance(place, OneModel) else WORLDS[place.world],
         "command": command,
         "seeds": [*plan.seeds],
-        "tables": [build_table(name, table, own, plan, rows) for name, table in spec["tables"].items()],
-        "figures": [build_figure(figure, own, rows) for figure in spec["figures"]],
+        "tables": [build_table(name, table, spec, plan, rows) for name, table in spec["tables"].items()],
+        "figures": figures,
     }
+
+
+class Relearned(Scored):
+    """A run is made, scored, and trained on other facts of what it is to forget."""
+
+    def find_result(self, job: RunJob) -> Path | None:
+        folder = super().find_result(job)
+        return folder if folder and RELEARNING in read_attacks(folder).get("attacks", {}) else None
+
+    def measure_run(self, job: RunJob, watch: Watch = ignore_progress) -> Path:
+        folder = super().measure_run(job, watch)
+        attack_run(Run.open(folder), names=(RELEARNING,), watch=watch)
+        return folder
+
+
+def measure_rows(rows: Iterable[PlannedRow], spec: Spec, plan: Experiment, watch: Watch) -> Rows:
+    """Each row with the runs of all its testbeds, those that are missing made."""
+    cases = {row: split_row(row, spec) for row in rows}
+    measured = experiment.run_experiment(plan, chain.from_iterable(cases.values()), watch)
+    return {row: join_rows(row.label, [measured[case] for case in own]) for row, own in cases.items()}
+
+
+def split_row(row: PlannedRow, own: Spec) -> list[PlannedRow]:
+    """A row's parts, one a testbed of its regime."""
+    return [row._replace(regime=case) for case, _ in list_cases(row.regime, own)]
+
+
+def join_rows(label: str, rows: Sequence[MeasuredRow]) -> MeasuredRow:
+    """One row of the runs of several, whose questions are not the same."""
+    if len(rows) == 1 or any(row.why for row in rows):
+        return next((row for row in rows if row.why), rows[0])
+    runs = tuple(chain.from_iterable(row.runs for row in rows))
+    asked = tuple(number for number, row in enumerate(rows) for _ in row.runs)
+    return MeasuredRow(label, runs, asked, missing=sum(row.missing for row in rows))
 
 
 def check_sources(plan: Experiment, place: OneModel) -> None:
@@ -102,7 +153,7 @@ def check_sources(plan: Experiment, place: OneModel) -> None:
 def plan_rows(spec: Spec, plan: Experiment) -> list[PlannedRow]:
     """All rows and points of what is asked for, each once."""
     rows = [row for table in spec["tables"].values() for row in plan_table(table, plan)]
-    series = [points for figure in spec["figures"] for points in plan_figure(figure).values()]
+    series = [points for figure in spec["figures"].values() for points in plan_figure(figure).values()]
     return [*dict.fromkeys([*rows, *(row for points in series for row in points.values())])]
 
 
@@ -125,13 +176,14 @@ def plan_table(table: Spec, plan: Experiment) -> list[PlannedRow]:
 
 
 def plan_figure(figure: Spec) -> dict[str, dict[float, PlannedRow]]:
-    """The points of each series by their coefficients."""
+    """The points of each series by their strengths."""
     points: dict[str, dict[float, PlannedRow]] = {}
-    for label, series in figure["series"].items():
-        points[label] = {}
-        for coeff in map(float, figure["coeffs"]):
-            extra = (*series.get("set", ()), "method.kappa=null", f"method.coeff={coeff}")
-            points[label][coeff] = PlannedRow(f"{label} at {coeff:g}", series["of"], figure["regime"], extra)
+    for label, own in figure["series"].items():
+        series = {**figure, **own}
+        for coeff in map(float, series["coeffs"]):
+            extra = (*series.get("set", ()), *(setting.format(coeff) for setting in series["strength"]))
+            row = PlannedRow(f"{label} at {coeff:g}", series["of"], figure["regime"], extra, once="once" in series)
+            points.setdefault(label, {})[coeff] = row
     return points
 
 
@@ -159,31 +211,71 @@ def build_table(name: str, table: Spec, own: Spec, plan: Experiment, measured: R
     }
 
 
-def build_figure(figure: Spec, own: Spec, measured: Rows) -> dict[str, Any]:
-    """Utility against forgetting over the coefficient, and the claims at equal forgetting."""
-    planned = plan_figure(figure)
+def build_figure(name: str, figure: Spec, own: Spec, measured: Rows) -> dict[str, Any]:
+    """Utility against forgetting over the strength, and the series where they forget or lose as much."""
+    planned, own = plan_figure(figure), {**own, "utility": figure.get("kept", own["utility"])}
     lines = {label: [measured[row] for row in points.values()] for label, points in planned.items()}
     before = original_row([row for points in lines.values() for row in points])
     series = []
     for label, rows in planned.items():
-        points = [{"coeff": coeff, **build_point(measured[row], before, own)} for coeff, row in rows.items()]
+        points = [{"coeff": coeff, **build_point(measured[row], own)} for coeff, row in rows.items()]
         series.append({"label": label, "points": points})
     return {
-        "name": "figure2",
+        "name": name,
         "title": figure["title"],
         "x_title": f"{own['forget']}: points of accuracy forgotten",
         "y_title": f"accuracy kept, {own['utility']}",
         "series": series,
+        "compared": [
+            compare_series(lines, kind, points, own)
+            for kind, losses in figure.get("compared", {}).items()
+            for points in losses
+        ],
         "claims": [*chain.from_iterable(claims.judge_curves(claim, lines, before, own) for claim in figure["claims"])],
     }
 
 
-def build_point(row: MeasuredRow, before: MeasuredRow, own: Spec) -> dict[str, Any]:
+def relearn_points(name: str, plan: Experiment, spec: Spec, watch: Watch) -> list[dict[str, Any]]:
+    """What a short training brings back of the points of a figure that are named for it: accuracies, and K*."""
+    figure = spec["figures"][name]
+    planned = plan_figure(figure)
+    points = [planned[label][float(coeff)] for label, coeff in figure.get("relearned", {}).items()]
+    rows = measure_rows(points, spec, replace(plan, measurement=Relearned()), watch) if points else {}
+    return [
+        describe_relearned(label, rows[row], spec)
+        for label, row in zip(figure.get("relearned", ()), points, strict=True)
+    ]
+
+
+def describe_relearned(label: str, row: MeasuredRow, own: Spec) -> dict[str, Any]:
+    """A point before and after each number of steps, a mean over its runs; K* of the strongest with its interval."""
+    if row.why:
+        return {"method": label, "why": row.why}
+    reports = [read_attacks(run) for run in row.runs]
+    steps: dict[str, list[float]] = {}
+    for report in reports:
+        for setting, right in report["attacks"][RELEARNING]["settings"].items():
+            steps.setdefault(setting.rpartition(", ")[2], []).append(right["test"])
+    share = estimate_residual(reports, row.questions, [slice(None)] * len(reports))
+    return {"method": label, "kappa": mean_kappa(row), "steps": {k: fmean(v) for k, v in steps.items()}, "K*": share}
+
+
+def compare_series(lines: Mapping[str, Sequence[MeasuredRow]], kind: str, points: float, own: Spec) -> dict[str, Any]:
+    """What each series leaves where it has lost so many points of a kind of knowledge, beside the first series."""
+    runs = {label: [run for row in rows if not row.why for run in row.runs] for label, rows in lines.items()}
+    runs = {label: some for label, some in runs.items() if some}
+    columns = own["columns"]
+    rows = compare_runs([*chain(*runs.values())], points / 100, columns[own["forget"]], columns[kind])
+    named = [{**asdict(row), "method": label} for label, row in zip(runs, rows, strict=True)]
+    return {"kept": kind, "lost": points / 100, "rows": named}
+
+
+def build_point(row: MeasuredRow, own: Spec) -> dict[str, Any]:
     """A point of the figure: what is forgotten, what is kept; or why there is none."""
     if row.why:
         return {"kappa": None, "x": None, "y": None, "why": row.why}
     draws = Draws()
-    known, left = (claims.resample_kind(one, own, "forget", draws) for one in (before, row))
+    known, left = (claims.resample_kind(one, own, "forget", draws) for one in (original_row([row]), row))
     kept = claims.estimate_cells(row, own["columns"])[own["utility"]]
     return {"kappa": mean_kappa(row), "x": claims.format_interval(draws.estimate(known - left)), "y": kept}
 
@@ -216,13 +308,16 @@ def mean_kappa(row: MeasuredRow) -> float | None:
 
 def paper_needs(what: str, plan: Experiment) -> tuple[dict[str, Any], list[str]]:
     """What the runs need, in numbers and in lines; makes and fetches nothing."""
-    rows = plan_rows(read_paper(what), plan)
-    count, place = len(plan.seeds), plan.place
+    spec, place = choose_spec(what, plan), plan.place
+    rows = plan_rows(spec, plan)
     if isinstance(place, Testbeds):
-        beds, each = (1, "some minutes") if place.world == "atlas" else (count, "some seconds")
-        return {"testbeds": beds, "runs": len(rows) * count}, [
+        parts = [part for row in rows for part in split_row(row, spec)]
+        runs = [(part, seed) for part in parts for seed in experiment.list_seeds(plan, part)]
+        beds = len({place.locate(part.regime, seed) for part, seed in runs})
+        each = "a minute or more" if place.world == "atlas" else "some seconds"
+        return {"testbeds": beds, "runs": len(runs)}, [
             f"{count_words(beds, 'testbed')}, a few minutes each where none was built before, and at "
-            f"most {len(rows) * count} runs of {each}; nothing is fetched"
+            f"most {len(runs)} runs of {each}; nothing is fetched"
         ]
     return estimate_needs(plan, place, rows)
 
