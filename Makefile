@@ -21,7 +21,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --jaxtyping-packages=$(SHAPED),
 test: $(STAMP)
 	$(PYTEST)
 
-test-all: $(STAMP)
+test-all: $(STAMP) $(MODEL)
 	$(PYTEST) -m "not full"
 
 # trains the full testbeds, for an hour

@@ -415,8 +415,10 @@ def test_the_tables_on_a_real_model_are_planned(tmp_path: Path) -> None:
     spec = read_paper("table3", "atlas")
     found, lines = paper_needs("table3", plan)
     # two regions; three directions of the misdirection methods, one of the others
-    many = [len(one.get("coeffs", spec["figures"]["curves-high"]["coeffs"])) * (1 if "once" in one else 3)
-            for one in spec["figures"]["curves-high"]["series"].values()]
+    many = [
+        len(one.get("coeffs", spec["figures"]["curves-high"]["coeffs"])) * (1 if "once" in one else 3)
+        for one in spec["figures"]["curves-high"]["series"].values()
+    ]
     assert found == {"testbeds": 2, "runs": 2 * sum(many)}
     assert lines[0].startswith("2 testbeds, a few minutes each where none was built before, and at most ")
     places = [plan.place.locate(f"high {region}", seed).name for region in spec["regions"] for seed in plan.seeds]

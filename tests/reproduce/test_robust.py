@@ -393,7 +393,7 @@ def test_mistakes_are_told_before_anything_is_made(tmp_path: Path, given: dict[s
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["robust", "--model", "m"], "robust runs on testbeds alone"),
+        (["robust", "--model", "m"], "robust runs on testbeds of invented worlds alone"),
         (["table2", "--methods", "SRMU"], "--methods belongs to srmu reproduce robust"),
         (["table2", "--show"], "--show belongs to srmu reproduce robust"),
         (["table2", "--seeds", "1,2"], "--seeds: those of table2 count from 0: 0,1,2"),

@@ -144,6 +144,7 @@ def reproduce_command(
     model: Annotated[str, Option(help="Folder or hub id; default: testbeds.")] = "",
     seeds: options.Seeds = "",
     world: Annotated[str, Option(help="Tables: closed or atlas (closed); robust: closed, open or both (both).")] = "",
+    regions: Annotated[str, Option(help="--world atlas: parts of the world to forget, a,b.")] = "",
     regimes: Annotated[str, Option(help="robust: high, rho0, a,b.")] = "",
     methods: Annotated[str, Option(help="robust: these rows only, a,b.")] = "",
     tier: Annotated[str, Option(help="robust: smoke, standard or deep attacks.")] = "",
@@ -160,8 +161,9 @@ def reproduce_command(
     numbers = output.split_seeds(seeds)
     own = {"world": world, "regimes": regimes, "methods": methods, "tier": tier}
     if what in ("robust", "ablations", "methods"):
-        if model:
-            raise SrmuError(f"--model: {what} runs on testbeds alone; leave it out")
+        for name, value in (("model", model), ("regions", regions)):
+            if value:
+                raise SrmuError(f"--{name}: {what} runs on testbeds of invented worlds alone; leave it out")
         asked = {name: value for name, value in {**own, "seeds": seeds}.items() if value}
         reproduce_frontier(what, out, asked, settings or [], dry_run, show, as_json)
         return
@@ -169,20 +171,20 @@ def reproduce_command(
         raise SrmuError("--world and --model: tables are made of one or the other; leave one out")
     if wrong := [name for name, value in (*own.items(), ("show", show)) if value and name != "world"]:
         raise SrmuError(f"--{wrong[0]} belongs to srmu reproduce robust, not to {what}")
-    reproduce_tables(what, out, model, world or "closed", numbers, settings or [], dry_run, as_json)
+    given = {"model": model, "world": world, "seeds": seeds, "regions": regions}
+    reproduce_tables(what, out, given, numbers, settings or [], dry_run, as_json)
 
 
 def reproduce_tables(
     what: str,
     out: Path,
-    model: str,
-    world: str,
+    given: dict[str, str],
     seeds: tuple[int, ...],
     settings: list[str],
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """The paper's tables and figure: `srmu reproduce table2` and so on."""
+    """The paper's tables and figure: `srmu reproduce table2` and so on; `given` are the options as they were typed."""
     from srmu.report.build import write_report
     from srmu.report.markdown import write_study
     from srmu.report.results import strip_paths
@@ -190,12 +192,18 @@ def reproduce_tables(
 
     if seeds != tuple(range(len(seeds))):
         raise SrmuError(f"--seeds: those of {what} count from 0: 0,1,2")
-    place = paper.plan_paper(out, model, len(seeds) or None, settings, world)
+    place = paper.plan_paper(
+        out,
+        given["model"],
+        len(seeds) or None,
+        settings,
+        given["world"] or "closed",
+        output.split_names(given["regions"]),
+    )
     if dry_run:
         needs, lines = paper.paper_needs(what, place)
         output.print_result(needs, as_json, *lines, output.PLANNED)
         return
-    given = {"model": model, "world": world.replace("closed", ""), "seeds": ",".join(map(str, seeds))}
     command = output.quote_command("reproduce", what, *settings, **given)
     tables = paper.reproduce_paper(what, place, command=strip_paths(command), watch=show_progress)
     print_study(tables, [*write_study(tables, out), write_report([out], out / "report.html")], as_json)

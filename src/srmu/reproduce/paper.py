@@ -27,6 +27,7 @@ from srmu.runs import estimate
 from srmu.runs.config import load_config
 from srmu.runs.plan import load_tokenizer, load_topics, plan_run
 from srmu.runs.run import Run
+from srmu.testbed.atlas import check_region
 
 BEFORE = "before"
 RELEARNING = "relearning_steps"  # the attack on points of a figure
@@ -46,18 +47,30 @@ def read_paper(what: str, own: str = "testbed") -> Spec:
 
 
 def plan_paper(
-    out: Path, model: str = "", seeds: int | None = None, overrides: Sequence[str] = (), world: str = "closed"
+    out: Path,
+    model: str = "",
+    seeds: int | None = None,
+    overrides: Sequence[str] = (),
+    world: str = "closed",
+    regions: Sequence[str] = (),
 ) -> Experiment:
-    """The experiment on testbeds of a world, or on the model that is named; SrmuError for what cannot be."""
+    """The experiment on testbeds of a world, or on the model that is named; SrmuError for what cannot be.
+
+    `regions` are those of the atlas; default: those of configs/reproduce.yaml.
+    """
     if world not in WORLDS:
         raise SrmuError(f"--world {world}: the paper's tables are made of {' and '.join(WORLDS)}")
+    if regions and world != "atlas":
+        raise SrmuError("--regions belongs to --world atlas")
+    for region in regions:
+        check_region(region)
     require_place(out)
     own = read_paper("all", "zephyr" if model else WORLDS[world])
     place: Testbeds | OneModel = OneModel(model, own) if model else Testbeds(out)
-    if not model and world == "atlas":
-        place = Testbeds(
-            out, {case: one for regime in REGIMES for case, one in list_cases(regime, own)}, "{regime}", world, False
-        )
+    if own.get("regions"):
+        beds = {**own, "regions": [*dict.fromkeys(regions or own["regions"])]}
+        cases = {case: bed for regime in REGIMES for case, bed in list_cases(regime, beds)}
+        place = Testbeds(out, cases, "{regime}", world, oracle=False)
     if model:
         settings = {label: tuple(one.get("set", ())) for label, one in own["methods"].items()}
     else:
@@ -68,7 +81,10 @@ def plan_paper(
 
 def choose_spec(what: str, plan: Experiment) -> Spec:
     """What is run and asked where an experiment is made."""
-    return read_paper(what, WORLDS[plan.place.world] if isinstance(plan.place, Testbeds) else "zephyr")
+    if isinstance(plan.place, OneModel):
+        return read_paper(what, "zephyr")
+    regions = [bed["region"] for bed in plan.place.regimes.values() if "region" in bed]
+    return {**read_paper(what, WORLDS[plan.place.world]), "regions": [*dict.fromkeys(regions)]}
 
 
 def list_cases(regime: str, own: Spec) -> list[tuple[str, Mapping[str, Any]]]:

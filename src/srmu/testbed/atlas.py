@@ -78,9 +78,7 @@ def build_atlas(
 
     `entanglement` is the share of the documents of retain-high that tell facts about places; the model wrote the rest.
     """
-    regions = read_wording("atlas")["regions"]
-    if region not in regions:
-        raise SrmuError(f"region {region!r} does not exist; there are {', '.join(regions)}")
+    regions = check_region(region)
     if not 0 <= entanglement <= 1:
         raise SrmuError(f"entanglement {entanglement} is outside 0-1")
     read_places()  # what is missing must show before the work
@@ -119,6 +117,14 @@ def build_atlas(
             write_whole(folder / f"{name}.yaml", fill_template("atlas", name=name, seed=seed, layer=layer))
         write_json(folder / "organism.json", report)
     return report
+
+
+def check_region(region: str) -> Sequence[str]:
+    """All regions; SrmuError for one that does not exist."""
+    regions: Sequence[str] = read_wording("atlas")["regions"]
+    if region not in regions:
+        raise SrmuError(f"region {region!r} does not exist; there are {', '.join(regions)}")
+    return regions
 
 
 def write_contents(
