@@ -395,7 +395,7 @@ def test_mistakes_are_told_before_anything_is_made(tmp_path: Path, given: dict[s
     [
         (["robust", "--model", "m"], "robust runs on testbeds of invented worlds alone"),
         (["table2", "--methods", "SRMU"], "--methods belongs to srmu reproduce robust"),
-        (["table2", "--show"], "--show belongs to srmu reproduce robust"),
+        (["table2", "--tier", "smoke"], "--tier belongs to srmu reproduce robust"),
         (["table2", "--seeds", "1,2"], "--seeds: those of table2 count from 0: 0,1,2"),
         (["robust", "--seeds", "1,x"], "--seeds 1,x: 'x' is not a seed"),
         (["robust", "--tier", "none"], "--tier none does not exist"),

@@ -12,6 +12,7 @@ from srmu.errors import SrmuError
 
 verbs = typer.Typer()
 SHOW, STUDY = "Show and check", "Study"  # groups of verbs
+KEPT = "finished runs are kept: the same command goes on, and --show prints the tables"
 
 
 @verbs.command("report", rich_help_panel=SHOW)
@@ -148,7 +149,7 @@ def reproduce_command(
     regimes: Annotated[str, Option(help="robust: high, rho0, a,b.")] = "",
     methods: Annotated[str, Option(help="robust: these rows only, a,b.")] = "",
     tier: Annotated[str, Option(help="robust: smoke, standard or deep attacks.")] = "",
-    show: Annotated[bool, Option("--show", help="robust: print, run nothing.")] = False,
+    show: Annotated[bool, Option("--show", help="Print what was run, run nothing.")] = False,
     out: Annotated[Path, Option(help="Folder for all of it.")] = Path("reproduce"),
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
@@ -169,10 +170,10 @@ def reproduce_command(
         return
     if world and model:
         raise SrmuError("--world and --model: tables are made of one or the other; leave one out")
-    if wrong := [name for name, value in (*own.items(), ("show", show)) if value and name != "world"]:
+    if wrong := [name for name, value in own.items() if value and name != "world"]:
         raise SrmuError(f"--{wrong[0]} belongs to srmu reproduce robust, not to {what}")
     given = {"model": model, "world": world, "seeds": seeds, "regions": regions}
-    reproduce_tables(what, out, given, numbers, settings or [], dry_run, as_json)
+    reproduce_tables(what, out, given, numbers, settings or [], dry_run, show, as_json)
 
 
 def reproduce_tables(
@@ -182,6 +183,7 @@ def reproduce_tables(
     seeds: tuple[int, ...],
     settings: list[str],
     dry_run: bool,
+    show: bool,
     as_json: bool,
 ) -> None:
     """The paper's tables and figure: `srmu reproduce table2` and so on; `given` are the options as they were typed."""
@@ -205,7 +207,8 @@ def reproduce_tables(
         output.print_result(needs, as_json, *lines, output.PLANNED)
         return
     command = output.quote_command("reproduce", what, *settings, **given)
-    tables = paper.reproduce_paper(what, place, command=strip_paths(command), watch=show_progress)
+    with output.explain_interrupt(KEPT):
+        tables = paper.reproduce_paper(what, place, command=strip_paths(command), watch=show_progress, make=not show)
     print_study(tables, [*write_study(tables, out), write_report([out], out / "report.html")], as_json)
 
 
@@ -223,7 +226,7 @@ def reproduce_frontier(
         needs, line = robust.frontier_needs(frontier)
         output.print_result(needs, as_json, line, output.PLANNED)
         return
-    with output.explain_interrupt("finished runs are kept: the same command goes on, and --show prints the tables"):
+    with output.explain_interrupt(KEPT):
         cases = robust.measure_frontier(frontier, show_progress, make=not show)
     command = output.quote_command("reproduce", what, *settings, **asked)
     if show and not any(row.runs for part in cases for row in part.rows):

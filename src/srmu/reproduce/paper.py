@@ -5,36 +5,35 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from srmu.attacks.suite import attack_run
 from srmu.engine.files import format_gb, require_place
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
-from srmu.evals.compare import compare_runs
-from srmu.evals.results import read_attacks
-from srmu.evals.statistics import Draws
 from srmu.report.format import count_words
 from srmu.report.results import strip_paths
 from srmu.reproduce import claims, experiment
-from srmu.reproduce.experiment import REGIMES, Experiment, MeasuredRow, OneModel, PlannedRow, RunJob, Scored, Testbeds
-from srmu.reproduce.robust import estimate_residual
+from srmu.reproduce.curves import (
+    BEFORE,
+    Rows,
+    Spec,
+    build_figure,
+    mean_kappa,
+    original_row,
+    plan_figure,
+    relearn_points,
+)
+from srmu.reproduce.experiment import REGIMES, Experiment, MeasuredRow, OneModel, PlannedRow, Testbeds
 from srmu.runs import estimate
 from srmu.runs.config import load_config
 from srmu.runs.plan import load_tokenizer, load_topics, plan_run
-from srmu.runs.run import Run
 from srmu.testbed.atlas import check_region
 
-BEFORE = "before"
-RELEARNING = "relearning_steps"  # the attack on points of a figure
 WORLDS = {"closed": "testbed", "atlas": "atlas"}  # what configs/reproduce.yaml calls them
 FAST = 100e12  # FLOPs a second that one may expect of a data-centre GPU in bfloat16
-Rows = Mapping[PlannedRow, MeasuredRow]
-Spec = Mapping[str, Any]  # the content of configs/reproduce.yaml, or a part of it
 
 
 def read_paper(what: str, own: str = "testbed") -> Spec:
@@ -93,17 +92,20 @@ def list_cases(regime: str, own: Spec) -> list[tuple[str, Mapping[str, Any]]]:
     return [(f"{regime} {bed.get('region', '')}".strip(), {**REGIMES[regime], **bed}) for bed in beds]
 
 
-def reproduce_paper(what: str, plan: Experiment, *, command: str, watch: Watch = ignore_progress) -> dict[str, Any]:
+def reproduce_paper(
+    what: str, plan: Experiment, *, command: str, watch: Watch = ignore_progress, make: bool = True
+) -> dict[str, Any]:
     """Make the runs that are missing, and give the tables and figures: what `reproduce.json` holds.
 
-    What is in the experiment's folder already is used again.
+    What is in the experiment's folder already is used again; without `make` nothing else is.
     """
     spec, place = choose_spec(what, plan), plan.place
-    if isinstance(place, OneModel):
+    if isinstance(place, OneModel) and make:
         check_sources(plan, place)
-    rows = measure_rows(plan_rows(spec, plan), spec, plan, watch)
+    measure = partial(measure_rows, spec=spec, watch=watch, make=make)
+    rows = measure(plan_rows(spec, plan), plan)
     figures = [
-        {**build_figure(name, figure, spec, rows), "relearned": relearn_points(name, plan, spec, watch)}
+        {**build_figure(name, figure, spec, rows), "relearned": relearn_points(figure, plan, spec, measure)}
         for name, figure in spec["figures"].items()
     ]
     return {
@@ -117,23 +119,10 @@ def reproduce_paper(what: str, plan: Experiment, *, command: str, watch: Watch =
     }
 
 
-class Relearned(Scored):
-    """A run is made, scored, and trained on other facts of what it is to forget."""
-
-    def find_result(self, job: RunJob) -> Path | None:
-        folder = super().find_result(job)
-        return folder if folder and RELEARNING in read_attacks(folder).get("attacks", {}) else None
-
-    def measure_run(self, job: RunJob, watch: Watch = ignore_progress) -> Path:
-        folder = super().measure_run(job, watch)
-        attack_run(Run.open(folder), names=(RELEARNING,), watch=watch)
-        return folder
-
-
-def measure_rows(rows: Iterable[PlannedRow], spec: Spec, plan: Experiment, watch: Watch) -> Rows:
-    """Each row with the runs of all its testbeds, those that are missing made."""
+def measure_rows(rows: Iterable[PlannedRow], plan: Experiment, *, spec: Spec, watch: Watch, make: bool) -> Rows:
+    """Each row with the runs of all its testbeds, those that are missing made with `make`."""
     cases = {row: split_row(row, spec) for row in rows}
-    measured = experiment.run_experiment(plan, chain.from_iterable(cases.values()), watch)
+    measured = experiment.run_experiment(plan, chain.from_iterable(cases.values()), watch, make=make)
     return {row: join_rows(row.label, [measured[case] for case in own]) for row, own in cases.items()}
 
 
@@ -143,11 +132,12 @@ def split_row(row: PlannedRow, own: Spec) -> list[PlannedRow]:
 
 
 def join_rows(label: str, rows: Sequence[MeasuredRow]) -> MeasuredRow:
-    """One row of the runs of several, whose questions are not the same."""
-    if len(rows) == 1 or any(row.why for row in rows):
-        return next((row for row in rows if row.why), rows[0])
-    runs = tuple(chain.from_iterable(row.runs for row in rows))
-    asked = tuple(number for number, row in enumerate(rows) for _ in row.runs)
+    """One row of the runs of several testbeds, whose questions are not the same; those not run are left out."""
+    made = [row for row in rows if row.why != experiment.NOT_RUN] or rows[:1]
+    if len(rows) == 1 or any(row.why for row in made):
+        return next((row for row in made if row.why), made[0])
+    runs = tuple(chain.from_iterable(row.runs for row in made))
+    asked = tuple(number for number, row in enumerate(made) for _ in row.runs)
     return MeasuredRow(label, runs, asked, missing=sum(row.missing for row in rows))
 
 
@@ -191,18 +181,6 @@ def plan_table(table: Spec, plan: Experiment) -> list[PlannedRow]:
     return rows
 
 
-def plan_figure(figure: Spec) -> dict[str, dict[float, PlannedRow]]:
-    """The points of each series by their strengths."""
-    points: dict[str, dict[float, PlannedRow]] = {}
-    for label, own in figure["series"].items():
-        series = {**figure, **own}
-        for coeff in map(float, series["coeffs"]):
-            extra = (*series.get("set", ()), *(setting.format(coeff) for setting in series["strength"]))
-            row = PlannedRow(f"{label} at {coeff:g}", series["of"], figure["regime"], extra, once="once" in series)
-            points.setdefault(label, {})[coeff] = row
-    return points
-
-
 def build_table(name: str, table: Spec, own: Spec, plan: Experiment, measured: Rows) -> dict[str, Any]:
     """A table with the paper's numbers beside ours, and its claims."""
     planned = {row.label: measured[row] for row in plan_table(table, plan)}
@@ -227,96 +205,12 @@ def build_table(name: str, table: Spec, own: Spec, plan: Experiment, measured: R
     }
 
 
-def build_figure(name: str, figure: Spec, own: Spec, measured: Rows) -> dict[str, Any]:
-    """Utility against forgetting over the strength, and the series where they forget or lose as much."""
-    planned, own = plan_figure(figure), {**own, "utility": figure.get("kept", own["utility"])}
-    lines = {label: [measured[row] for row in points.values()] for label, points in planned.items()}
-    before = original_row([row for points in lines.values() for row in points])
-    series = []
-    for label, rows in planned.items():
-        points = [{"coeff": coeff, **build_point(measured[row], own)} for coeff, row in rows.items()]
-        series.append({"label": label, "points": points})
-    return {
-        "name": name,
-        "title": figure["title"],
-        "x_title": f"{own['forget']}: points of accuracy forgotten",
-        "y_title": f"accuracy kept, {own['utility']}",
-        "series": series,
-        "compared": [
-            compare_series(lines, kind, points, own)
-            for kind, losses in figure.get("compared", {}).items()
-            for points in losses
-        ],
-        "claims": [*chain.from_iterable(claims.judge_curves(claim, lines, before, own) for claim in figure["claims"])],
-    }
-
-
-def relearn_points(name: str, plan: Experiment, spec: Spec, watch: Watch) -> list[dict[str, Any]]:
-    """What a short training brings back of the points of a figure that are named for it: accuracies, and K*."""
-    figure = spec["figures"][name]
-    planned = plan_figure(figure)
-    points = [planned[label][float(coeff)] for label, coeff in figure.get("relearned", {}).items()]
-    rows = measure_rows(points, spec, replace(plan, measurement=Relearned()), watch) if points else {}
-    return [
-        describe_relearned(label, rows[row], spec)
-        for label, row in zip(figure.get("relearned", ()), points, strict=True)
-    ]
-
-
-def describe_relearned(label: str, row: MeasuredRow, own: Spec) -> dict[str, Any]:
-    """A point before and after each number of steps, a mean over its runs; K* of the strongest with its interval."""
-    if row.why:
-        return {"method": label, "why": row.why}
-    reports = [read_attacks(run) for run in row.runs]
-    steps: dict[str, list[float]] = {}
-    for report in reports:
-        for setting, right in report["attacks"][RELEARNING]["settings"].items():
-            steps.setdefault(setting.rpartition(", ")[2], []).append(right["test"])
-    share = estimate_residual(reports, row.questions, [slice(None)] * len(reports))
-    return {"method": label, "kappa": mean_kappa(row), "steps": {k: fmean(v) for k, v in steps.items()}, "K*": share}
-
-
-def compare_series(lines: Mapping[str, Sequence[MeasuredRow]], kind: str, points: float, own: Spec) -> dict[str, Any]:
-    """What each series leaves where it has lost so many points of a kind of knowledge, beside the first series."""
-    runs = {label: [run for row in rows if not row.why for run in row.runs] for label, rows in lines.items()}
-    runs = {label: some for label, some in runs.items() if some}
-    columns = own["columns"]
-    rows = compare_runs([*chain(*runs.values())], points / 100, columns[own["forget"]], columns[kind])
-    named = [{**asdict(row), "method": label} for label, row in zip(runs, rows, strict=True)]
-    return {"kept": kind, "lost": points / 100, "rows": named}
-
-
-def build_point(row: MeasuredRow, own: Spec) -> dict[str, Any]:
-    """A point of the figure: what is forgotten, what is kept; or why there is none."""
-    if row.why:
-        return {"kappa": None, "x": None, "y": None, "why": row.why}
-    draws = Draws()
-    known, left = (claims.resample_kind(one, own, "forget", draws) for one in (original_row([row]), row))
-    kept = claims.estimate_cells(row, own["columns"])[own["utility"]]
-    return {"kappa": mean_kappa(row), "x": claims.format_interval(draws.estimate(known - left)), "y": kept}
-
-
 def add_mean(row: Mapping[str, float]) -> dict[str, float]:
     """The paper's percentages as fractions, with the mean of bio and cyber that it calls WMDP."""
     shares = {key: value / 100 for key, value in row.items()}
     if {"bio", "cyber"} <= shares.keys():
         shares["WMDP"] = (shares["bio"] + shares["cyber"]) / 2
     return shares
-
-
-def original_row(rows: Sequence[MeasuredRow]) -> MeasuredRow:
-    """The original models, whose scores lie beside those of any of their runs."""
-    whole = next((row for row in rows if not row.why), None)
-    if whole is None:
-        raise SrmuError(f"not one run succeeded: {rows[0].label} {rows[0].why}")
-    return MeasuredRow(BEFORE, whole.runs, whole.questions, when="before")
-
-
-def mean_kappa(row: MeasuredRow) -> float | None:
-    """The mean norm of the target over that of forget activations, where a method has one."""
-    topics = [topic for run in row.runs for topic in Run.open(run).record["topics"].values()]
-    values = [topic["kappa"] for topic in topics if "kappa" in topic]
-    return fmean(values) if values else None
 
 
 # ---- what it takes
