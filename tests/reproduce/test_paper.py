@@ -18,7 +18,7 @@ from srmu.errors import SrmuError
 from srmu.evals.results import load_results, read_metrics
 from srmu.evals.statistics import Estimate, parse_answers
 from srmu.report import markdown
-from srmu.reproduce import claims, experiment, paper
+from srmu.reproduce import claims, curves, experiment, paper
 from srmu.reproduce.claims import judge_curves, judge_row
 from srmu.reproduce.experiment import MeasuredRow, OneModel, PlannedRow, find_preset, read_preset
 from srmu.reproduce.paper import add_mean, paper_needs, plan_paper, plan_rows, read_paper, reproduce_paper
@@ -67,6 +67,10 @@ def again(tmp_path_factory: pytest.TempPathFactory) -> Any:
         found = reproduce_paper("all", plan, command="srmu reproduce all")
         first, made = made, []
         assert reproduce_paper("all", plan, command="srmu reproduce all") == found
+        more = reproduce_paper("all", plan_paper(out, seeds=3), command="srmu reproduce all", make=False)
+        assert (
+            table(more, "table2")["rows"]["RMU"] == table(found, "table2")["rows"]["RMU"]
+        )  # of the seeds that were run
     markdown.write_study(found, out)
     return found, out, first, made
 
@@ -366,7 +370,7 @@ def test_a_model_of_ones_own(workplace: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_the_command_names_no_folder(tmp_path: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
 
-    def stop(what: str, plan: Any, *, command: str, watch: Any) -> None:
+    def stop(what: str, plan: Any, *, command: str, watch: Any, make: bool) -> None:
         said.append(command)
         raise SrmuError("enough")
 
@@ -408,6 +412,28 @@ def test_series_are_compared_where_they_lose_as_much(again: Any) -> None:
     text = (out / "reproduce.md").read_text()
     assert "Where 5 points of general knowledge are lost" in text
     assert "| method | runs | utility lost | forget accuracy | less the first's | verdict |" in text
+
+
+def test_points_are_relearned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two runs: accuracies by steps are means, K* is what the best step found of what was known above guessing."""
+
+    def report(right: str, **settings: float) -> dict[str, Any]:
+        plain = {"status": "done", "right": "0101" * 5, "valid": None, "why": ""}
+        found = {f"LoRA, {name[1:]} steps": {"val": 0.5, "test": value} for name, value in settings.items()}
+        attacks = {"forced_choice": plain, "relearning_steps": {**plain, "right": right, "settings": found}}
+        return {"chance": 0.25, "facts": [*range(20)], "original": {"right": "1" * 20}, "attacks": attacks}
+
+    reports = {Path("a"): report("1" * 20, _0=0.5, _10=1.0), Path("b"): report("1110" * 5, _0=0.5, _10=0.75)}
+    monkeypatch.setattr(curves, "read_attacks", reports.__getitem__)
+    monkeypatch.setattr(curves, "mean_kappa", lambda row: 8.0)
+    row = curves.describe_relearned("RMU", MeasuredRow("RMU", (*reports,), (0, 1)))
+    assert (row["method"], row["steps"]) == ("RMU", {"0 steps": 0.5, "10 steps": 0.875})
+    assert row["K*"]["value"] == pytest.approx((1 + 0.5 / 0.75) / 2)
+    assert row["K*"]["low"] < row["K*"]["value"] < row["K*"]["high"] <= 1
+    shown = markdown.relearned_rows({"relearned": [row]})
+    assert shown[0]["10 steps"] == "87.5" and shown[0]["K*"].startswith("0.83 (")
+    reports[Path("b")]["attacks"]["relearning_steps"] |= {"why": "too few facts", "right": "", "settings": {}}
+    assert curves.describe_relearned("RMU", MeasuredRow("RMU", (*reports,), (0, 1)))["why"] == "too few facts"
 
 
 def test_the_tables_on_a_real_model_are_planned(tmp_path: Path) -> None:

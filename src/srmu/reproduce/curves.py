@@ -63,20 +63,22 @@ def build_figure(name: str, figure: Spec, own: Spec, measured: Rows) -> dict[str
 
 
 def relearn_points(
-    figure: Spec, plan: Experiment, own: Spec, measure: Callable[[Iterable[PlannedRow], Experiment], Rows]
+    figure: Spec, plan: Experiment, measure: Callable[[Iterable[PlannedRow], Experiment], Rows]
 ) -> list[dict[str, Any]]:
     """What a short training brings back of the points of a figure that are named for it: accuracies, and K*."""
     planned = plan_figure(figure)
     points = {label: planned[label][float(coeff)] for label, coeff in figure.get("relearned", {}).items()}
     rows = measure(points.values(), replace(plan, measurement=Relearned())) if points else {}
-    return [describe_relearned(label, rows[row], own) for label, row in points.items()]
+    return [describe_relearned(label, rows[row]) for label, row in points.items()]
 
 
-def describe_relearned(label: str, row: MeasuredRow, own: Spec) -> dict[str, Any]:
+def describe_relearned(label: str, row: MeasuredRow) -> dict[str, Any]:
     """A point before and after each number of steps, a mean over its runs; K* of the strongest with its interval."""
     if row.why:
         return {"method": label, "why": row.why}
     reports = [read_attacks(run) for run in row.runs]
+    if failed := [why for report in reports if (why := report["attacks"][RELEARNING]["why"])]:
+        return {"method": label, "why": failed[0]}
     steps: dict[str, list[float]] = {}
     for report in reports:
         for setting, right in report["attacks"][RELEARNING]["settings"].items():

@@ -249,6 +249,8 @@ def find_measured_run(
     if row.strength:
         method, key = row.strength
         source = strong[PlannedRow(method, method, row.regime)]
+        if source.missing:
+            return NOT_RUN
         row = row._replace(extra=(*row.extra, *take_strength(source, experiment.seeds.index(seed), key)))
     try:
         job = experiment.plan_job(row, seed)

@@ -105,7 +105,7 @@ def reproduce_paper(
     measure = partial(measure_rows, spec=spec, watch=watch, make=make)
     rows = measure(plan_rows(spec, plan), plan)
     figures = [
-        {**build_figure(name, figure, spec, rows), "relearned": relearn_points(figure, plan, spec, measure)}
+        {**build_figure(name, figure, spec, rows), "relearned": relearn_points(figure, plan, measure)}
         for name, figure in spec["figures"].items()
     ]
     return {
