@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
@@ -49,9 +50,22 @@ def main(out: Path, count: int) -> None:
     print("\n| rank correlation with |", " | ".join(wanted), "|\n|" + "---|" * (1 + len(wanted)))
     for name in names:
         print(f"| {name} |", " | ".join(correlate(foretold, name, outcomes, one) for one in wanted), "|")
+    print()
     for kind in ("forgotten", "lost beside"):
-        print(f"\nranks of {kind}, one half of the questions and the other: ", end="")
-        print(correlate(outcomes, f"{kind}, test", outcomes, f"{kind}, val"))
+        both = correlate(outcomes, f"{kind}, test", outcomes, f"{kind}, val")
+        print(f"ranks of {kind}, one half of the questions and the other: {both}")
+    print("ranks of forgotten and lost beside:", correlate(outcomes, "forgotten, test", outcomes, "lost beside, test"))
+    gains = [dict(zip(("test", "val"), one, strict=True)) for one in measure_gains(outcomes)]
+    print("ranks of forgotten beyond what the loss explains, both halves:", correlate(gains, "test", gains, "val"))
+
+
+def measure_gains(outcomes: Sequence[dict[str, float]]) -> list[tuple[float, ...]]:
+    """By run and half: what is forgotten above the line of least squares through what is lost beside."""
+    halves = []
+    for half in ("test", "val"):
+        x, y = (np.array([one[f"{kind}, {half}"] for one in outcomes]) for kind in ("lost beside", "forgotten"))
+        halves.append(y - np.polyval(np.polyfit(x, y, 1), x))
+    return [*zip(*halves, strict=True)]
 
 
 def correlate(rows: Sequence[Any], name: str, others: Sequence[Any], other: str) -> str:
