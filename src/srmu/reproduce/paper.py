@@ -114,6 +114,7 @@ def reproduce_paper(
         "model": strip_paths(place.name) if isinstance(place, OneModel) else WORLDS[place.world],
         "command": command,
         "seeds": [*plan.seeds],
+        "regions": [*spec.get("regions", ())],
         "tables": [build_table(name, table, spec, plan, rows) for name, table in spec["tables"].items()],
         "figures": figures,
     }
