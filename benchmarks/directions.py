@@ -41,6 +41,8 @@ def main(out: Path, count: int) -> None:
     plan = replace(plan, seeds=tuple(range(count)), tasks=tasks)
     row = PlannedRow("SRMU", "SRMU", f"{REGIME} {REGION}", (f"method.kappa={KAPPA}",))
     (made,) = run_experiment(plan, [row], show_progress).values()
+    if made.why:
+        raise SystemExit(made.why)
     outcomes = [measure_outcome(run) for run in made.runs]
     foretold = foretell([Run.open(run) for run in made.runs])
     names, wanted = [*foretold[0]], [*outcomes[0]]

@@ -239,7 +239,8 @@ def junk(batch: Any) -> Any:
 )
 def test_padding_changes_nothing(name: str, padded: Any) -> None:
     """Adam's epsilon of 1 keeps its steps in proportion to the gradients: otherwise the rounding noise of an element
-    without one becomes a whole step. It does in the steps that some methods take first: a tensor counts as a whole."""
+    without one becomes a whole step. Some methods first take steps with another epsilon, which do amplify that noise in
+    single elements: so tensors are compared by their norms."""
     some, train = topic(), replace(TRAIN, adam_epsilon=1.0, learning_rate=1.0)
     assert any((b["attention_mask"] == 0).any() for b in (*some.forget, *some.retain))
     other = replace(some, forget=[*map(padded, some.forget)], retain=[*map(padded, some.retain)])

@@ -204,7 +204,7 @@ def compare_command(
     from dataclasses import asdict
 
     from srmu.evals.compare import compare_runs, suggest_attack
-    from srmu.report.format import format_comparison
+    from srmu.report.format import drop_empty, format_comparison
 
     share, named = output.parse_share(budget), (output.split_names(metrics), output.split_names(utility_metrics))
     rows = compare_runs(runs, share, *named)
@@ -215,7 +215,7 @@ def compare_command(
         lines.append("no attack was run on all of these: accuracy alone says little")
     folder, more = suggest_attack(runs, *named)
     lines.append(f"next: {output.quote_command('attack', output.shorten_path(folder), **more)}")
-    table = [*map(format_comparison, answer)]
+    table = drop_empty([*map(format_comparison, answer)])
     output.print_result({"budget": share, "rows": answer}, as_json, *lines, table=table)
 
 

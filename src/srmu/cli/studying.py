@@ -12,7 +12,7 @@ from srmu.errors import SrmuError
 
 verbs = typer.Typer()
 SHOW, STUDY = "Show and check", "Study"  # groups of verbs
-KEPT = "finished runs are kept: the same command goes on, and --show prints the tables"
+GO_ON = "finished runs are kept: the same command goes on, and --show prints the tables"
 
 
 @verbs.command("report", rich_help_panel=SHOW)
@@ -207,7 +207,7 @@ def reproduce_tables(
         output.print_result(needs, as_json, *lines, output.PLANNED)
         return
     command = output.quote_command("reproduce", what, *settings, **given)
-    with output.explain_interrupt(KEPT):
+    with output.explain_interrupt(GO_ON):
         tables = paper.reproduce_paper(what, place, command=strip_paths(command), watch=show_progress, make=not show)
     print_study(tables, [*write_study(tables, out), write_report([out], out / "report.html")], as_json)
 
@@ -218,6 +218,7 @@ def reproduce_frontier(
     """What stays gone under attack: `srmu reproduce robust`, `ablations` and `methods`."""
     from srmu.report.markdown import write_study
     from srmu.reproduce import robust
+    from srmu.reproduce.experiment import say_nothing_run
 
     listed = ("seeds", "regimes", "methods")
     wanted: dict[str, Any] = {k: output.split_names(v) if k in listed else v for k, v in asked.items()}
@@ -226,12 +227,12 @@ def reproduce_frontier(
         needs, line = robust.frontier_needs(frontier)
         output.print_result(needs, as_json, line, output.PLANNED)
         return
-    with output.explain_interrupt(KEPT):
+    with output.explain_interrupt(GO_ON):
         cases = robust.measure_frontier(frontier, show_progress, make=not show)
     command = output.quote_command("reproduce", what, *settings, **asked)
     if show and not any(row.runs for part in cases for row in part.rows):
         again = output.quote_command("reproduce", what, *settings, **asked, out=out)
-        raise SrmuError(f"nothing was run in {out} yet; this runs it, and with --dry-run says what it takes: {again}")
+        raise SrmuError(say_nothing_run(out, again))
     tables = robust.build_frontier_tables(frontier, cases, command)
     reports = robust.write_frontier_reports(frontier, cases, tables)
     print_study(tables, [*write_study(tables, out), *reports], as_json)

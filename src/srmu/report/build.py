@@ -244,6 +244,8 @@ def make_reproduction_page(study: studies.Study, command: str) -> Page:
         model=str(study["model"]).rpartition("/")[2],
         seeds=count_words(len(study["seeds"]), "seed"),
         verdicts=Counter(one["verdict"] for one in claims),
+        regions=study["regions"],
+        relearned=any(one["relearned"] for one in study["figures"]),
     )
     command = results.strip_paths(study.get("command") or command)
     return Page("The paper's tables, repeated", headline, parts, command, markdown.study_labels(study))

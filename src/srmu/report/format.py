@@ -8,6 +8,7 @@ from typing import Any
 from srmu.evals.figures import format_number
 from srmu.evals.statistics import Estimate
 
+NOT_RUN = "not run"  # in place of the numbers of an experiment
 Value = Estimate | str | float | None  # None: not measured
 
 
@@ -58,10 +59,16 @@ def format_comparison(row: Mapping[str, Any]) -> dict[str, str]:
         "runs": f"{row['points']} x {row['seeds']}",
         "utility lost": cell("utility_loss"),
         "forget accuracy": cell("forget_accuracy"),
+        "accuracy less the first's": cell("forget_difference"),
         "K*": cell("residual"),
-        "less the first's": cell("residual_difference", "forget_difference"),
+        "K* less the first's": cell("residual_difference"),
         "verdict": ", ".join(filter(None, [row["verdict"], row["note"]])),
     }
+
+
+def drop_empty(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows without the columns in which none says anything."""
+    return [{key: row[key] for key in row if any(one[key] for one in rows)} for row in rows]
 
 
 def escape_controls(text: str) -> str:

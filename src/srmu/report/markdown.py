@@ -9,7 +9,15 @@ from srmu.engine.files import write_json, write_whole
 from srmu.methods.reference import markdown_table
 from srmu.report.attacks import CONTROLS
 from srmu.report.figures import Figure, Series, draw_figure, label_look, make_look
-from srmu.report.format import format_comparison, format_share, read_estimate, write_words
+from srmu.report.format import (
+    NOT_RUN,
+    count_words,
+    drop_empty,
+    format_comparison,
+    format_share,
+    read_estimate,
+    write_words,
+)
 from srmu.report.html import LABEL, Block, Section, Table
 
 Study = Mapping[str, Any]  # what `reproduce_paper` or `build_frontier_tables` gives
@@ -72,24 +80,32 @@ def reproduction_sections(study: Study) -> dict[str, Section]:
     sections = {}
     for one in study["tables"]:
         blocks = list_blocks({numbers: table_rows(one), claims: claim_rows(one["claims"])})
-        sections[one["name"]] = Section(one["title"], [one["note"]] if one["note"] else [], blocks)
+        sections[one["name"]] = Section(one["title"], [*filter(None, [one["note"], count_missing(one)])], blocks)
     for one in study["figures"]:
-        figure = draw_reproduction(one, study_labels(study))
-        compared = {
-            f"Where {100 * each['lost']:g} points of {each['kept']} knowledge are lost; less than 0: forgets more "
-            "than the first": compared_rows(each)
-            for each in one.get("compared", ())
-        }
-        relearned = "Accuracy after LoRA learned other facts of the kind; K*: the share of the knowledge it finds"
         tables = {
             points: point_rows(one),
-            **compared,
-            relearned: relearned_rows(one),
+            **{describe_loss(each): compared_rows(each) for each in one["compared"]},
+            "Accuracy in % after LoRA has learned other facts about the region; K*: the share of the original "
+            "knowledge that it finds": relearned_rows(one),
             claims: claim_rows(one["claims"]),
         }
-        blocks = list_blocks(tables, figure)
-        sections[one["name"]] = Section(f"{one['title']} ({one['y_title']})", [], blocks)
+        blocks = list_blocks(tables, draw_reproduction(one, study_labels(study)))
+        title = f"{one['title']} ({one['y_title']})"
+        sections[one["name"]] = Section(title, [*filter(None, [count_missing(one)])], blocks)
     return sections
+
+
+def count_missing(part: Study) -> str:
+    """A note on runs that are still to be made."""
+    return f"{count_words(part['missing'], 'run')} missing: shown is what is there." if part["missing"] else ""
+
+
+def describe_loss(compared: Study) -> str:
+    """What methods are compared at; differences to the first are of those runs that both have."""
+    return (
+        f"Where {100 * compared['lost']:g} points of {compared['kept']} knowledge are lost; a difference below 0: "
+        "forgets more than the first"
+    )
 
 
 def table_rows(table: Study) -> Rows:
@@ -107,42 +123,46 @@ def table_rows(table: Study) -> Rows:
 
 def point_rows(figure: Study) -> Rows:
     """A figure's points as strings, a row for each strength: forgotten, kept, and kappa."""
-    empty = {one["label"]: "" for one in figure["series"]}
     rows: dict[float, dict[str, str]] = {}
     for one in figure["series"]:
         for point in one["points"]:
-            text = point.get("why", "")
-            if point["x"]:
-                kappa = "" if point["kappa"] is None else f" ({point['kappa']:.2g})"
-                text = f"{100 * point['x']['value']:.1f}, {100 * point['y']['value']:.1f}{kappa}"
-            row = rows.setdefault(point["coeff"], {"strength": f"{point['coeff']:g}", **empty})
-            row[one["label"]] = text
-    return [rows[coeff] for coeff in sorted(rows)]
+            if text := format_point(point):
+                row = rows.setdefault(point["coeff"], {figure["head"]: f"{point['coeff']:g}"})
+                row[one["label"]] = text
+    return fill_rows([rows[coeff] for coeff in sorted(rows)], [one["label"] for one in figure["series"]])
+
+
+def format_point(point: Study) -> str:
+    """What is forgotten, what is kept, and kappa; or why not. Nothing of a point that was not run."""
+    if not point["x"]:
+        return point["why"].replace(NOT_RUN, "")
+    kappa = "" if point["kappa"] is None else f" ({point['kappa']:.2g})"
+    return f"{100 * point['x']['value']:.1f}, {100 * point['y']['value']:.1f}{kappa}"
+
+
+def fill_rows(rows: Sequence[dict[str, str]], columns: Sequence[str]) -> Rows:
+    """Rows that all have the same columns: what they have, those of `columns` in their order."""
+    there = {key for row in rows for key in row}
+    order = [*dict.fromkeys([*(key for row in rows for key in row if key not in columns), *columns])]
+    return [{key: row.get(key, "") for key in order if key in there} for row in rows]
 
 
 def compared_rows(compared: Study) -> Rows:
     """Methods at the same loss as strings; without a column that says nothing."""
-    rows = [format_comparison(row) for row in compared["rows"]]
-    return [{key: row[key] for key in row if any(one[key] for one in rows)} for row in rows]
+    return drop_empty([format_comparison(row) for row in compared["rows"]])
 
 
 def relearned_rows(figure: Study) -> Rows:
-    """Points under a short training as strings: accuracy in % by steps, and K*."""
+    """Points under a short training as strings: accuracy in % by steps, and K*; or why there are none."""
     rows = []
-    for row in figure.get("relearned", ()):
-        if why := row.get("why"):
-            rows.append({"method": row["method"], "why": why})
-            continue
-        steps = {name: f"{100 * value:.1f}" for name, value in row["steps"].items()}
-        rows.append(
-            {
-                "method": row["method"],
-                "kappa": f"{row['kappa']:.2g}",
-                **steps,
-                "K*": format_share(read_estimate(row["K*"])),
-            }
-        )
-    return rows
+    for row in figure["relearned"]:
+        cells = {"method": row["method"], "K*": row.get("why", "")}
+        if not row.get("why"):
+            cells["kappa"] = "" if row["kappa"] is None else f"{row['kappa']:.2g}"
+            cells |= {name: f"{100 * value:.1f}" for name, value in row["steps"].items()}
+            cells["K*"] = format_share(read_estimate(row["K*"]))
+        rows.append(cells)
+    return fill_rows(rows, ["K*"])
 
 
 def claim_rows(claims: list[Study]) -> Rows:

@@ -52,7 +52,7 @@ def format_interval(estimate: Estimate) -> dict[str, float]:
 def judge_row(claim: Claim, rows: Rows, spec: Spec, paper: Mapping[str, Mapping[str, float]]) -> Verdict:
     """A claim about how two rows differ in what is to be forgotten or kept, beside the paper's own difference."""
     estimate, draws = None, seed_draws(claim)
-    if all(name in rows and not rows[name].why for name in claim["of"]):
+    if all(name in rows and rows[name].is_whole for name in claim["of"]):
         one, other = (resample_kind(rows[name], spec, claim["metric"], draws) for name in claim["of"])
         estimate = draws.estimate(one - other)
     first, second = (paper.get(name, {}) for name in claim["of"])
@@ -67,7 +67,7 @@ def judge_curves(
     verdicts = []
     for percent in claim["at"]:
         draws = seed_draws(claim)
-        points = ([row for row in curves.get(name, ()) if not row.why] for name in claim["of"])
+        points = ([row for row in curves.get(name, ()) if row.is_whole] for name in claim["of"])
         one, other = (best_kept(rows, before, spec, percent / 100, draws) for rows in points)
         gap = None if one is None or other is None else draws.estimate(one - other)
         here = {**claim, "claim": f"{claim['claim']}, {percent} %", "above": 0}

@@ -13,7 +13,7 @@ from srmu.attacks.suite import attack_run
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
 from srmu.evals.compare import compare_runs
-from srmu.evals.results import read_attacks
+from srmu.evals.results import PLAIN, read_attacks
 from srmu.evals.statistics import Draws
 from srmu.reproduce import claims
 from srmu.reproduce.experiment import Experiment, MeasuredRow, PlannedRow, RunJob, Scored
@@ -33,7 +33,9 @@ def plan_figure(figure: Spec) -> dict[str, dict[float, PlannedRow]]:
         series = {**figure, **own}
         for coeff in map(float, series["coeffs"]):
             extra = (*series.get("set", ()), *(setting.format(coeff) for setting in series["strength"]))
-            row = PlannedRow(f"{label} at {coeff:g}", series["of"], figure["regime"], extra, once="once" in series)
+            row = PlannedRow(
+                f"{label} at {coeff:g}", series["of"], figure["regime"], extra, once=series.get("once", False)
+            )
             points.setdefault(label, {})[coeff] = row
     return points
 
@@ -50,6 +52,8 @@ def build_figure(name: str, figure: Spec, own: Spec, measured: Rows) -> dict[str
     return {
         "name": name,
         "title": figure["title"],
+        "head": figure["head"],
+        "missing": sum(row.missing for rows in lines.values() for row in rows),
         "x_title": f"{own['forget']}: points of accuracy forgotten",
         "y_title": f"accuracy kept, {own['utility']}",
         "series": series,
@@ -77,6 +81,8 @@ def describe_relearned(label: str, row: MeasuredRow) -> dict[str, Any]:
     if row.why:
         return {"method": label, "why": row.why}
     reports = [read_attacks(run) for run in row.runs]
+    for report in reports:  # of other attacks that were made on them nothing is told
+        report["attacks"] = {name: report["attacks"][name] for name in (PLAIN, RELEARNING)}
     if failed := [why for report in reports if (why := report["attacks"][RELEARNING]["why"])]:
         return {"method": label, "why": failed[0]}
     steps: dict[str, list[float]] = {}
@@ -88,9 +94,16 @@ def describe_relearned(label: str, row: MeasuredRow) -> dict[str, Any]:
 
 
 def compare_series(lines: Mapping[str, Sequence[MeasuredRow]], kind: str, points: float, own: Spec) -> dict[str, Any]:
-    """What each series leaves where it has lost so many points of a kind of knowledge, beside the first series."""
-    runs = {label: [run for row in rows if not row.why for run in row.runs] for label, rows in lines.items()}
-    runs = {label: some for label, some in runs.items() if some}
+    """What each series leaves where it has lost so many points of a kind of knowledge, beside the first series.
+
+    Left out is a series without a run on a testbed and with a seed of the first's: it would be held against others.
+    """
+    runs = {label: [run for row in rows for run in row.runs] for label, rows in lines.items()}
+    places = {label: {(c.model, c.seed) for c in (Run(run).config for run in some)} for label, some in runs.items()}
+    first = next(iter(places.values()))
+    runs = {label: some for label, some in runs.items() if places[label] & first}
+    if not runs:
+        return {"kept": kind, "lost": points / 100, "rows": []}
     columns = own["columns"]
     rows = compare_runs([*chain(*runs.values())], points / 100, columns[own["forget"]], columns[kind])
     named = [{**asdict(row), "method": label} for label, row in zip(runs, rows, strict=True)]
@@ -112,7 +125,8 @@ class Relearned(Scored):
 
     def find_result(self, job: RunJob) -> Path | None:
         folder = super().find_result(job)
-        return folder if folder and RELEARNING in read_attacks(folder).get("attacks", {}) else None
+        report = read_attacks(folder) if folder else {}
+        return folder if RELEARNING in report.get("attacks", {}) and report["tier"] == "smoke" else None
 
     def measure_run(self, job: RunJob, watch: Watch = ignore_progress) -> Path:
         folder = super().measure_run(job, watch)
@@ -122,9 +136,10 @@ class Relearned(Scored):
 
 def original_row(rows: Sequence[MeasuredRow]) -> MeasuredRow:
     """The original models, whose scores lie beside those of any of their runs."""
-    whole = next((row for row in rows if not row.why), None)
-    if whole is None:
+    known = [row for row in rows if row.is_whole] or [row for row in rows if not row.why]
+    if not known:
         raise SrmuError(f"not one run succeeded: {rows[0].label} {rows[0].why}")
+    whole = known[0]
     return MeasuredRow(BEFORE, whole.runs, whole.questions, when="before")
 
 

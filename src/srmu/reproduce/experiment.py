@@ -25,6 +25,7 @@ from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import DivergedError, SrmuError, first_line
 from srmu.evals.results import read_metrics
 from srmu.evals.score import score_model
+from srmu.report.format import NOT_RUN
 from srmu.runs.config import build_config, load_config
 from srmu.runs.plan import plan_run
 from srmu.runs.record import RECORD
@@ -34,7 +35,7 @@ from srmu.testbed.build import build_testbed
 from srmu.testbed.train import RECIPE
 from srmu.testbed.world import create_closed
 
-NOT_RUN, DIVERGED = "not run", "diverged"
+DIVERGED = "diverged"
 # a testbed's config; that testbed's entanglement, and its name where it is not the regime's
 REGIMES: dict[str, dict[str, Any]] = {"low": {"config": "low.yaml"}, "high": {"config": "high.yaml"}}
 
@@ -63,7 +64,7 @@ class PlannedRow(NamedTuple):
     regime: str
     extra: tuple[str, ...] = ()  # settings besides
     strength: tuple[str, str] | None = None  # a method whose run hands over its "coeff" or "kappa", seed by seed
-    once: bool = False  # with the first seed alone
+    once: bool = False  # with the first seed alone, on the first testbed
 
 
 class RunJob(NamedTuple):
@@ -84,6 +85,11 @@ class MeasuredRow:
     when: Literal["before", "after"] = "after"
     why: str = ""  # there are no runs
     missing: int = 0  # runs that are still to be made
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has all its runs: else it cannot be held against others run by run."""
+        return not self.why and not self.missing
 
 
 # ---- where runs are made
@@ -251,7 +257,10 @@ def find_measured_run(
         source = strong[PlannedRow(method, method, row.regime)]
         if source.missing:
             return NOT_RUN
-        row = row._replace(extra=(*row.extra, *take_strength(source, experiment.seeds.index(seed), key)))
+        try:
+            row = row._replace(extra=(*row.extra, *take_strength(source, experiment.seeds.index(seed), key)))
+        except SrmuError as error:
+            return f"failed: {error}"
     try:
         job = experiment.plan_job(row, seed)
         return experiment.measurement.find_result(job) or job
@@ -339,3 +348,8 @@ def collect_row(experiment: Experiment, row: PlannedRow, outcomes: Mapping[int, 
     own = isinstance(experiment.place, Testbeds) and "{seed}" in experiment.place.folder
     asked = tuple(seed if own else 0 for seed in done)
     return MeasuredRow(label, tuple(map(Path, done.values())), asked, missing=missing)
+
+
+def say_nothing_run(out: Path, command: str) -> str:
+    """What to tell somebody who wants to see runs where there are none."""
+    return f"nothing was run in {out} yet; this runs it, and with --dry-run says what it takes: {command}"

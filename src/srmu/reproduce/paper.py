@@ -13,7 +13,7 @@ from typing import Any
 from srmu.engine.files import format_gb, require_place
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
-from srmu.report.format import count_words
+from srmu.report.format import NOT_RUN, count_words
 from srmu.report.results import strip_paths
 from srmu.reproduce import claims, experiment
 from srmu.reproduce.curves import (
@@ -30,7 +30,7 @@ from srmu.reproduce.experiment import REGIMES, Experiment, MeasuredRow, OneModel
 from srmu.runs import estimate
 from srmu.runs.config import load_config
 from srmu.runs.plan import load_tokenizer, load_topics, plan_run
-from srmu.testbed.atlas import check_region
+from srmu.testbed.atlas import list_regions
 
 WORLDS = {"closed": "testbed", "atlas": "atlas"}  # what configs/reproduce.yaml calls them
 FAST = 100e12  # FLOPs a second that one may expect of a data-centre GPU in bfloat16
@@ -62,7 +62,7 @@ def plan_paper(
     if regions and world != "atlas":
         raise SrmuError("--regions belongs to --world atlas")
     for region in regions:
-        check_region(region)
+        list_regions(region)
     require_place(out)
     own = read_paper("all", "zephyr" if model else WORLDS[world])
     place: Testbeds | OneModel = OneModel(model, own) if model else Testbeds(out)
@@ -104,6 +104,8 @@ def reproduce_paper(
         check_sources(plan, place)
     measure = partial(measure_rows, spec=spec, watch=watch, make=make)
     rows = measure(plan_rows(spec, plan), plan)
+    if not make:
+        spec = leave_out_unmade(spec, plan, rows, command)
     figures = [
         {**build_figure(name, figure, spec, rows), "relearned": relearn_points(figure, plan, measure)}
         for name, figure in spec["figures"].items()
@@ -120,6 +122,16 @@ def reproduce_paper(
     }
 
 
+def leave_out_unmade(spec: Spec, plan: Experiment, rows: Rows, command: str) -> Spec:
+    """The tables and figures of which something was run; SrmuError where nothing was."""
+    tables = {k: v for k, v in spec["tables"].items() if any(rows[row].runs for row in plan_table(v, plan))}
+    series = {k: chain.from_iterable(p.values() for p in plan_figure(v).values()) for k, v in spec["figures"].items()}
+    figures = {k: spec["figures"][k] for k, points in series.items() if any(rows[row].runs for row in points)}
+    if not tables and not figures:
+        raise SrmuError(experiment.say_nothing_run(plan.out, command))
+    return {**spec, "tables": tables, "figures": figures}
+
+
 def measure_rows(rows: Iterable[PlannedRow], plan: Experiment, *, spec: Spec, watch: Watch, make: bool) -> Rows:
     """Each row with the runs of all its testbeds, those that are missing made with `make`."""
     cases = {row: split_row(row, spec) for row in rows}
@@ -128,17 +140,18 @@ def measure_rows(rows: Iterable[PlannedRow], plan: Experiment, *, spec: Spec, wa
 
 
 def split_row(row: PlannedRow, own: Spec) -> list[PlannedRow]:
-    """A row's parts, one a testbed of its regime."""
-    return [row._replace(regime=case) for case, _ in list_cases(row.regime, own)]
+    """A row's parts, one a testbed of its regime; of a row that is run once the first."""
+    cases = [row._replace(regime=case) for case, _ in list_cases(row.regime, own)]
+    return cases[:1] if row.once else cases
 
 
 def join_rows(label: str, rows: Sequence[MeasuredRow]) -> MeasuredRow:
     """One row of the runs of several testbeds, whose questions are not the same; those not run are left out."""
-    made = [row for row in rows if row.why != experiment.NOT_RUN] or rows[:1]
+    made = [row for row in rows if row.why != NOT_RUN] or rows[:1]
     if len(rows) == 1 or any(row.why for row in made):
         return next((row for row in made if row.why), made[0])
     runs = tuple(chain.from_iterable(row.runs for row in made))
-    asked = tuple(number for number, row in enumerate(made) for _ in row.runs)
+    asked = tuple(number for number, row in enumerate(rows) for _ in row.runs)
     return MeasuredRow(label, runs, asked, missing=sum(row.missing for row in rows))
 
 
@@ -190,7 +203,7 @@ def build_table(name: str, table: Spec, own: Spec, plan: Experiment, measured: R
     rows = []
     for label in dict.fromkeys([*table["rows"], *lines]):
         row: dict[str, Any] = {"label": label, "cells": {}, "kappa": None, "paper": paper.get(label, {})}
-        line = lines.get(label) or MeasuredRow(label, (), (), why=experiment.NOT_RUN)
+        line = lines.get(label) or MeasuredRow(label, (), (), why=NOT_RUN)
         if line.why:
             row["why"] = line.why
         else:
@@ -200,6 +213,7 @@ def build_table(name: str, table: Spec, own: Spec, plan: Experiment, measured: R
     return {
         "name": name,
         **{key: table[key] for key in ("title", "note", "paper_columns")},
+        "missing": sum(line.missing for line in planned.values()),
         "columns": [*own["columns"]],
         "rows": rows,
         "claims": [claims.judge_row(claim, lines, own, paper) for claim in table["claims"]],

@@ -78,7 +78,7 @@ def build_atlas(
 
     `entanglement` is the share of the documents of retain-high that tell facts about places; the model wrote the rest.
     """
-    regions = check_region(region)
+    regions = list_regions(region)
     if not 0 <= entanglement <= 1:
         raise SrmuError(f"entanglement {entanglement} is outside 0-1")
     read_places()  # what is missing must show before the work
@@ -119,11 +119,11 @@ def build_atlas(
     return report
 
 
-def check_region(region: str) -> Sequence[str]:
-    """All regions; SrmuError for one that does not exist."""
+def list_regions(wanted: str) -> Sequence[str]:
+    """All regions; SrmuError where the one that is wanted does not exist."""
     regions: Sequence[str] = read_wording("atlas")["regions"]
-    if region not in regions:
-        raise SrmuError(f"region {region!r} does not exist; there are {', '.join(regions)}")
+    if wanted not in regions:
+        raise SrmuError(f"region {wanted!r} does not exist; there are {', '.join(regions)}")
     return regions
 
 
