@@ -329,14 +329,22 @@ def write_reproduction(folder):
         for label, bend in (("RMU", 30), ("SRMU (ratio)", 15))
     ]
     series[1]["points"][-1] |= {"x": None, "y": None, "kappa": None, "why": "diverged"}
+    same = {"points": 17, "seeds": 3, "utility_loss": interval(0.05, 576), "note": "", "residual": None}
+    gap = {"forget_difference": {"value": 0.041, "low": -0.02, "high": 0.1}, "residual_difference": None}
+    compared = [
+        {"method": "RMU", **same, **dict.fromkeys(gap), "forget_accuracy": interval(0.5, 576), "verdict": ""},
+        {"method": "SRMU (ratio)", **same, **gap, "forget_accuracy": interval(0.541, 576), "verdict": "noise"},
+    ]
     found = {
         "kind": "reproduction",
         "model": "testbed",
         "command": "srmu reproduce all",
         "seeds": [0, 1, 2],
+        "regions": [],
         "tables": [
             {
                 "name": "table3",
+                "missing": 2,
                 "title": "Table 3: high entanglement",
                 "note": "Three testbeds.",
                 "columns": ["hazard", "general"],
@@ -352,6 +360,13 @@ def write_reproduction(folder):
                 "x_title": "accuracy forgotten",
                 "y_title": "accuracy kept",
                 "series": series,
+                "head": "coeff",
+                "missing": 0,
+                "compared": [{"kept": "general", "lost": 0.05, "rows": compared}],
+                "relearned": [
+                    {"method": "RMU", "why": "diverged"},
+                    {"method": "SRMU (ratio)", "kappa": 8.0, "steps": {"0 steps": 0.3}, "K*": interval(0.9, 96)},
+                ],
                 "claims": [claim],
             }
         ],

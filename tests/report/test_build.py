@@ -517,6 +517,12 @@ def test_a_reproduction(tmp_path):
     assert "Of 3 claims, within noise: 2, not tested: 1" in text
     assert "SRMU keeps more than RMU +10.0 -2.0 to +22.0 within noise" in text
     assert "srmu reproduce all" in text
+    assert "2 runs missing: shown is what is there." in text
+    assert (
+        "SRMU (ratio) 17 x 3 5.0 (3.5\N{EN DASH}7.1) 54.1 (50.0\N{EN DASH}58.1) 4.1 (-2.0\N{EN DASH}10.0) noise" in text
+    )
+    assert "RMU diverged" in text and "SRMU (ratio) 0.90 (0.82\N{EN DASH}0.95)" in text
+    assert "a short relearning was the only attack" in text
 
 
 def test_no_page_names_a_private_place(tmp_path):

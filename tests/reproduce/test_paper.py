@@ -21,7 +21,7 @@ from srmu.report import markdown
 from srmu.reproduce import claims, curves, experiment, paper
 from srmu.reproduce.claims import judge_curves, judge_row
 from srmu.reproduce.experiment import MeasuredRow, OneModel, PlannedRow, find_preset, read_preset
-from srmu.reproduce.paper import add_mean, paper_needs, plan_paper, plan_rows, read_paper, reproduce_paper
+from srmu.reproduce.paper import add_mean, join_rows, paper_needs, plan_paper, plan_rows, read_paper, reproduce_paper
 from srmu.runs.config import load_config
 from srmu.runs.run import Run
 from srmu.testbed.build import fill_template
@@ -246,6 +246,25 @@ def test_claims_come_out_either_way_and_as_noise(tmp_path: Path) -> None:
     assert judge_row(CLAIM, {}, COLUMNS, {})["verdict"] == "not tested"
 
 
+def test_rows_that_lack_runs_are_not_judged(tmp_path: Path) -> None:
+    """Run by run they would be held against runs of other seeds or regions."""
+    rng = np.random.default_rng(1)
+    much, less = (line(tmp_path, name, rng.random((3, 200)) < p) for name, p in (("M", 0.9), ("L", 0.4)))
+    rows = {"A": much, "B": replace(less, runs=less.runs[:2], questions=(0, 1), missing=1)}
+    assert judge_row(CLAIM, rows, COLUMNS, {})["verdict"] == "not tested"
+    # the second region alone keeps the number of its questions
+    nothing = MeasuredRow("B", (), (), why="not run", missing=3)
+    assert join_rows("B", [nothing, less]).questions == (1, 1, 1)
+    assert join_rows("B", [nothing, less]).missing == 3
+    assert curves.original_row([rows["B"], much]).runs == much.runs
+
+
+def test_nothing_to_show(tmp_path: Path) -> None:
+    with pytest.raises(SrmuError, match=r"nothing was run in .* yet; this runs it.*: srmu reproduce table3"):
+        reproduce_paper("table3", plan_paper(tmp_path / "out"), command="srmu reproduce table3", make=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_curves_are_read_at_equal_forgetting(tmp_path: Path) -> None:
     """Between a point that forgets 40 and keeps all, and one that forgets 60 and keeps 80."""
 
@@ -411,7 +430,7 @@ def test_series_are_compared_where_they_lose_as_much(again: Any) -> None:
     assert (first["points"], first["seeds"]) == (1, 2)
     text = (out / "reproduce.md").read_text()
     assert "Where 5 points of general knowledge are lost" in text
-    assert "| method | runs | utility lost | forget accuracy | less the first's | verdict |" in text
+    assert "| method | runs | utility lost | forget accuracy | accuracy less the first's | verdict |" in text
 
 
 def test_points_are_relearned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,8 +449,11 @@ def test_points_are_relearned(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (row["method"], row["steps"]) == ("RMU", {"0 steps": 0.5, "10 steps": 0.875})
     assert row["K*"]["value"] == pytest.approx((1 + 0.5 / 0.75) / 2)
     assert row["K*"]["low"] < row["K*"]["value"] < row["K*"]["high"] <= 1
-    shown = markdown.relearned_rows({"relearned": [row]})
-    assert shown[0]["10 steps"] == "87.5" and shown[0]["K*"].startswith("0.83 (")
+    unmade = curves.describe_relearned("SRMU", MeasuredRow("SRMU", (), (), why="not run"))
+    shown = markdown.relearned_rows({"relearned": [unmade, row]})
+    assert [*shown[0]] == [*shown[1]] == ["method", "kappa", "0 steps", "10 steps", "K*"]
+    assert shown[0]["K*"] == "not run"
+    assert shown[1]["10 steps"] == "87.5" and shown[1]["K*"].startswith("0.83 (")
     reports[Path("b")]["attacks"]["relearning_steps"] |= {"why": "too few facts", "right": "", "settings": {}}
     assert curves.describe_relearned("RMU", MeasuredRow("RMU", (*reports,), (0, 1)))["why"] == "too few facts"
 
@@ -440,12 +462,18 @@ def test_the_tables_on_a_real_model_are_planned(tmp_path: Path) -> None:
     plan = plan_paper(tmp_path / "out", world="atlas")
     spec = read_paper("table3", "atlas")
     found, lines = paper_needs("table3", plan)
-    # two regions; three directions of the misdirection methods, one of the others
+    # three directions in two regions of the misdirection methods, one run of the others
+    figure = spec["figures"]["curves-high"]
     many = [
         len(one.get("coeffs", figure["coeffs"])) * (1 if "once" in one else 3 * 2) for one in figure["series"].values()
     ]
     assert found == {"testbeds": 2, "runs": sum(many)}
     assert lines[0].startswith("2 testbeds, a few minutes each where none was built before, and at most ")
+    assert paper_needs("table3", plan_paper(tmp_path / "out", world="atlas", regions=["Asia"]))[0]["testbeds"] == 1
+    with pytest.raises(SrmuError, match="region 'Asgard' does not exist; there are Africa"):
+        plan_paper(tmp_path / "out", world="atlas", regions=["Asgard"])
+    with pytest.raises(SrmuError, match="--regions belongs to --world atlas"):
+        plan_paper(tmp_path / "out", regions=["Asia"])
     places = [plan.place.locate(f"high {region}", seed).name for region in spec["regions"] for seed in plan.seeds]
     assert places == [region for region in spec["regions"] for _ in plan.seeds]
     text = fill_template("atlas", name="high", seed=0, layer=7)
