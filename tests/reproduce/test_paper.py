@@ -429,7 +429,7 @@ def test_series_are_compared_where_they_lose_as_much(again: Any) -> None:
     assert first["forget_difference"] is None and other["forget_difference"]["low"] <= 0
     assert (first["points"], first["seeds"]) == (1, 2)
     text = (out / "reproduce.md").read_text()
-    assert "Where 5 points of general knowledge are lost" in text
+    assert "At a loss of 5 points of general knowledge" in text
     assert "| method | runs | utility lost | forget accuracy | accuracy less the first's | verdict |" in text
 
 

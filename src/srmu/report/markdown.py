@@ -102,10 +102,9 @@ def count_missing(part: Study) -> str:
 
 def describe_loss(compared: Study) -> str:
     """What methods are compared at; differences to the first are of those runs that both have."""
-    return (
-        f"Where {100 * compared['lost']:g} points of {compared['kept']} knowledge are lost; a difference below 0: "
-        "forgets more than the first"
-    )
+    share = 100 * compared["lost"]
+    lost = f"{share:g} point{'' if share == 1 else 's'} of {compared['kept']} knowledge"
+    return f"At a loss of {lost}; a difference below 0: forgets more than the first"
 
 
 def table_rows(table: Study) -> Rows:
