@@ -3,7 +3,6 @@
 import copy
 import gc
 import json
-import os
 import re
 import signal
 from pathlib import Path
@@ -485,15 +484,16 @@ def test_an_interrupt_while_memory_is_released_is_not_lost() -> None:
             self.me = self  # only the collector finds it
 
         def __del__(self) -> None:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # in this thread, at once
 
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.disable()  # else it may collect by itself, a moment too early
     try:
         Interrupts()
-        before = signal.getsignal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             release_memory()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         gc.enable()
-    assert signal.getsignal(signal.SIGINT) is before
+        signal.signal(signal.SIGINT, found)
     release_memory()
