@@ -442,16 +442,17 @@ def test_points_are_relearned(monkeypatch: pytest.MonkeyPatch) -> None:
         attacks = {"forced_choice": plain, "relearning_steps": {**plain, "right": right, "settings": found}}
         return {"chance": 0.25, "facts": [*range(20)], "original": {"right": "1" * 20}, "attacks": attacks}
 
-    reports = {Path("a"): report("1" * 20, _0=0.5, _10=1.0), Path("b"): report("1110" * 5, _0=0.5, _10=0.75)}
+    reports = {Path("a"): report("1" * 20, _10=1.0, _5=0.5), Path("b"): report("1110" * 5, _10=0.75, _5=0.5)}
     monkeypatch.setattr(curves, "read_attacks", reports.__getitem__)
     monkeypatch.setattr(curves, "mean_kappa", lambda row: 8.0)
     row = curves.describe_relearned("RMU", MeasuredRow("RMU", (*reports,), (0, 1)))
-    assert (row["method"], row["steps"]) == ("RMU", {"0 steps": 0.5, "10 steps": 0.875})
+    assert (row["method"], row["steps"]) == ("RMU", {"5 steps": 0.5, "10 steps": 0.875})
+    assert [*row["steps"]] == ["5 steps", "10 steps"]  # files have them sorted as words
     assert row["K*"]["value"] == pytest.approx((1 + 0.5 / 0.75) / 2)
     assert row["K*"]["low"] < row["K*"]["value"] < row["K*"]["high"] <= 1
     unmade = curves.describe_relearned("SRMU", MeasuredRow("SRMU", (), (), why="not run"))
     shown = markdown.relearned_rows({"relearned": [unmade, row]})
-    assert [*shown[0]] == [*shown[1]] == ["method", "kappa", "0 steps", "10 steps", "K*"]
+    assert [*shown[0]] == [*shown[1]] == ["method", "kappa", "5 steps", "10 steps", "K*"]
     assert shown[0]["K*"] == "not run"
     assert shown[1]["10 steps"] == "87.5" and shown[1]["K*"].startswith("0.83 (")
     reports[Path("b")]["attacks"]["relearning_steps"] |= {"why": "too few facts", "right": "", "settings": {}}

@@ -85,12 +85,13 @@ def describe_relearned(label: str, row: MeasuredRow) -> dict[str, Any]:
         report["attacks"] = {name: report["attacks"][name] for name in (PLAIN, RELEARNING)}
     if failed := [why for report in reports if (why := report["attacks"][RELEARNING]["why"])]:
         return {"method": label, "why": failed[0]}
-    steps: dict[str, list[float]] = {}
+    steps: dict[int, list[float]] = {}
     for report in reports:
-        for setting, right in report["attacks"][RELEARNING]["settings"].items():
-            steps.setdefault(setting.rpartition(", ")[2], []).append(right["test"])
+        for setting, right in report["attacks"][RELEARNING]["settings"].items():  # LoRA, 5 steps
+            steps.setdefault(int(setting.split()[-2]), []).append(right["test"])
+    means = {f"{count} steps": fmean(steps[count]) for count in sorted(steps)}
     share = estimate_residual(reports, row.questions, [slice(None)] * len(reports))
-    return {"method": label, "kappa": mean_kappa(row), "steps": {k: fmean(v) for k, v in steps.items()}, "K*": share}
+    return {"method": label, "kappa": mean_kappa(row), "steps": means, "K*": share}
 
 
 def compare_series(lines: Mapping[str, Sequence[MeasuredRow]], kind: str, points: float, own: Spec) -> dict[str, Any]:
