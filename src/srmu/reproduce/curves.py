@@ -97,11 +97,16 @@ def describe_relearned(label: str, row: MeasuredRow) -> dict[str, Any]:
 def compare_series(lines: Mapping[str, Sequence[MeasuredRow]], kind: str, points: float, own: Spec) -> dict[str, Any]:
     """What each series leaves where it has lost so many points of a kind of knowledge, beside the first series.
 
-    Left out is a series without a run on a testbed and with a seed of the first's: it would be held against others.
+    Left out is a series with fewer than half of its points, which is no curve, and one without a run on a testbed and
+    with a seed of the first's: it would be held against others.
     """
-    runs = {label: [run for row in rows for run in row.runs] for label, rows in lines.items()}
+    runs = {
+        label: [run for row in rows for run in row.runs]
+        for label, rows in lines.items()
+        if 2 * sum(bool(row.runs) for row in rows) >= len(rows)
+    }
     places = {label: {(c.model, c.seed) for c in (Run(run).config for run in some)} for label, some in runs.items()}
-    first = next(iter(places.values()))
+    first = places.get(next(iter(lines)), set())
     runs = {label: some for label, some in runs.items() if places[label] & first}
     if not runs:
         return {"kept": kind, "lost": points / 100, "rows": []}
