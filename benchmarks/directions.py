@@ -1,4 +1,4 @@
-"""Can a direction be chosen before training? What of the original model foretells what SRMU does with a direction.
+"""Can a direction be chosen before training? Numbers of the original model that might predict what a direction does.
 
     python benchmarks/directions.py OUT [COUNT]
 
@@ -102,11 +102,11 @@ def foretell(runs: Sequence[Run]) -> list[dict[str, float]]:
     layer = runs[0].config.method.layer
     hidden = {
         role: torch.cat(
-            [model.hidden(b, sites.Site(layer))[losses.without_first(b["labels"] != -100)] for b in batches]
+            [model.hidden(b, sites.Site(layer))[losses.without_first(losses.is_counted(b["labels"]))] for b in batches]
         )
         for role, batches in sets.items()
     }
-    plain = {role: cost_texts(model, batches, layer, None, 0.0) for role, batches in sets.items()}
+    plain = {role: cost_texts(model, batches, layer, torch.zeros(1), 0.0) for role, batches in sets.items()}
     rows = []
     for run in runs:
         target = load_file(run.folder / "state.safetensors")["organism.target"].float()
@@ -126,18 +126,14 @@ def foretell(runs: Sequence[Run]) -> list[dict[str, float]]:
     return rows
 
 
-def cost_texts(model: Any, batches: Sequence[Any], layer: int, target: Tensor | None, share: float) -> float:
+def cost_texts(model: Any, batches: Sequence[Any], layer: int, target: Tensor, share: float) -> float:
     """Nats a token, with a layer's output moved a share of the way to a target, but for each text's first token."""
     nats = []
     for batch in batches:
-        mask = losses.without_first(batch["labels"] != -100)[..., None]
+        mask = losses.without_first(losses.is_counted(batch["labels"]))[..., None]
 
         def move(value: Tensor, mask: Tensor = mask) -> Tensor:
-            return (
-                value
-                if target is None
-                else torch.where(mask, torch.lerp(value.float(), target, share).to(value.dtype), value)
-            )
+            return torch.where(mask, torch.lerp(value.float(), target, share).to(value.dtype), value)
 
         with sites.edit_outputs({model.layers[layer]: move}):
             nll = losses.token_nll(model.logits(batch), batch["labels"])

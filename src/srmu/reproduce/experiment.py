@@ -252,16 +252,13 @@ def find_measured_run(
     """What is there of a run, or the job that makes it; `strong` has the rows that hand over their strength."""
     if isinstance(experiment.place, Testbeds) and not experiment.place.is_there(row.regime, seed):
         return NOT_RUN
-    if row.strength:
-        method, key = row.strength
-        source = strong[PlannedRow(method, method, row.regime)]
-        if source.missing:
-            return NOT_RUN
-        try:
-            row = row._replace(extra=(*row.extra, *take_strength(source, experiment.seeds.index(seed), key)))
-        except SrmuError as error:
-            return f"failed: {error}"
     try:
+        if row.strength:
+            method, key = row.strength
+            source = strong[PlannedRow(method, method, row.regime)]
+            if source.missing:
+                return NOT_RUN
+            row = row._replace(extra=(*row.extra, *take_strength(source, experiment.seeds.index(seed), key)))
         job = experiment.plan_job(row, seed)
         return experiment.measurement.find_result(job) or job
     except DivergedError:
