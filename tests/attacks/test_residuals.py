@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers.attack_world import ANSWERS, exam, facts, states, subject, taught, texts
-from helpers.models import block_name, down_name, pico_module, word_tokenizer
+from helpers.models import block_name, cut_blocks, down_name, pico_module, word_tokenizer
 from srmu.attacks import residual
 from srmu.attacks.base import Attack, AttackResult, Exam, Texts
 from srmu.attacks.learned_prompts import SoftPrompt, SplicedSubject, insert_prompt, unused_token
@@ -30,8 +30,9 @@ from srmu.attacks.residual import (
     pick_evenly,
     read_outputs,
 )
-from srmu.engine.sites import cut_blocks, decoder_blocks
-from srmu.evals.subject import NotApplicable, Subject, mark_answers, option_scores
+from srmu.engine.sites import decoder_blocks, hook_outputs
+from srmu.errors import SrmuError
+from srmu.evals.subject import NotApplicable, Subject, mark_answers, mark_layers, option_scores
 
 EACH = (
     LogitLens(), LinearProbe(), DirectionAblation(), UnlearningDepth(), SoftPrompt(steps=3),
@@ -168,6 +169,25 @@ def test_answer_nll_of_rows_of_many_lengths() -> None:
 # E4
 
 
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma2", "gpt_neox", "mixtral"])
+def test_layers_are_marked_as_the_model_cut_above_each(arch: str) -> None:
+    """Answers of one token and of several, some after one prompt."""
+    model = Subject(pico_module(arch), word_tokenizer())
+    questions = [replace(q, options=(*q.options, " w3 w4", " w5 w6 w7", " w3 w9")) for q in exam().test]
+    for depth, marks in enumerate(mark_layers(model, questions), 1):
+        with cut_blocks(model.module, depth):
+            assert marks == mark_answers(model, questions)
+
+
+def test_a_head_that_reads_other_blocks_too_is_not_cut() -> None:
+    model = subject("original")
+    norm, first = model.module.model.norm, model.module.model.layers[0]
+    seen: list[Any] = []
+    hooks = {first: lambda _, out: seen.append(out), norm: lambda _, out: out + seen[-1][:, -out.shape[1] :]}
+    with hook_outputs(hooks), pytest.raises(SrmuError, match="reads more than the last block"):
+        mark_layers(model, exam().test)
+
+
 def test_lens_reads_what_only_the_last_layers_hide() -> None:
     found = run(LogitLens(), subject("unlearned"))
     assert [way.setting for way in found.ways] == [f"layer {i}" for i in range(4)]
@@ -230,7 +250,7 @@ def planted(layer: int, size: float) -> tuple[Subject, torch.Tensor]:
 def test_ablation_finds_a_planted_direction() -> None:
     model, direction = planted(1, 60.0)
     assert score(mark_answers(model, exam().val)) < 0.6
-    found = {way.setting: score(way.test) for way in run(DirectionAblation(), model).ways}
+    found = {way.setting: score(way.val) for way in run(DirectionAblation(), model).ways}
     assert "displacement, layer 0" not in found  # nothing moved there
     assert found["displacement, layer 1"] > 0.95
     edit = find_displacement_edits(model, exam())[1]

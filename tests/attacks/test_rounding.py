@@ -108,7 +108,7 @@ def test_quantisation_undoes_a_small_change() -> None:
     changed = Subject(model.module, model.tokenizer, original)
     found = Quantisation().run(changed, texts(), exam(), 0)
     assert [way.setting for way in found.ways] == list(QUANTISERS)
-    assert all(np.mean(way.test) > 0.9 for way in found.ways)
+    assert all(np.mean(way.val) > 0.9 for way in found.ways)
     assert len(found.metrics) == 3
     for estimate in found.metrics.values():
         assert estimate.value > 0.99
@@ -138,5 +138,5 @@ def test_noise_counts_each_seed() -> None:
     assert [way.setting for way in found.ways] == [
         "10% pruned", "30% pruned", "50% pruned", "noise of 1%", "noise of 2%", "noise of 5%",
     ]  # fmt: skip
-    assert {3 * value for way in found.ways[3:] for value in way.test} <= {0.0, 1.0, 2.0, 3.0}
-    assert all(np.mean(way.test) > 0.9 for way in (found.ways[0], *found.ways[3:]))
+    assert {3 * value for way in found.ways[3:] for value in way.val} <= {0.0, 1.0, 2.0, 3.0}
+    assert all(np.mean(way.val) > 0.9 for way in (found.ways[0], *found.ways[3:]))

@@ -16,7 +16,7 @@ import pytest
 from helpers import attack_world as world
 from helpers.models import write_jsonl
 from srmu.attacks import ATTACKS, suite
-from srmu.attacks.base import Attack, AttackResult, Exam, Setting, ask_exam
+from srmu.attacks.base import Attack, AttackResult, Exam, Setting, ask_exam, choose_setting
 from srmu.attacks.suite import Sources, attack_run, load_exam
 from srmu.attacks.summary import describe_attacks, measure_recovery
 from srmu.cli.measuring import attack_table
@@ -210,6 +210,28 @@ def test_an_id_chooses_all_that_have_it() -> None:
 
 
 @pytest.mark.slow
+def test_the_test_half_is_asked_under_the_best_setting_alone() -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def marker(name: str, share: float) -> Any:
+        def mark(questions: Any) -> list[float]:
+            asked.append((name, questions is halves.val))
+            return [float(i < share * len(questions)) for i in range(len(questions))]
+
+        return mark
+
+    halves = world.exam()
+    settings = {name: marker(name, share) for name, share in (("low", 0.2), ("high", 0.6), ("high too", 0.6))}
+    ways = choose_setting(halves, settings)
+    assert [way.setting for way in ways if way.test] == ["high"]
+    assert all(len(way.val) == len(halves.val) for way in ways)
+    assert asked == [("low", True), ("high", True), ("high too", True), ("high", False)]
+    asked.clear()
+    ways = choose_setting(replace(halves, every=True), settings)
+    assert asked == [(name, False) for name in settings]
+    assert all(len(way.test) == len(halves.test) and not way.val for way in ways)
+
+
 def test_the_setting_is_chosen_on_the_validation_half(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def two(model: Subject, texts: Any, exam: Exam, seed: int) -> AttackResult:
         none, every = (0.0,) * 40, (1.0,) * 40

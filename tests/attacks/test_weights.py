@@ -10,7 +10,7 @@ from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
 from srmu.attacks import ATTACKS
 from srmu.attacks.base import Attack
-from srmu.attacks.perturbations import ask_changed, find_matrices
+from srmu.attacks.perturbations import find_matrices, mark_changed
 from srmu.attacks.relearning import HeavyTuning, text_rows
 from srmu.evals.subject import NotApplicable, Subject
 
@@ -65,7 +65,8 @@ def test_weights_come_back_after_an_error(attack: Attack, monkeypatch: pytest.Mo
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("in the middle")
 
-    monkeypatch.setattr("srmu.attacks.base.mark_answers", fail)
+    for place in ("base", "perturbations"):
+        monkeypatch.setattr(f"srmu.attacks.{place}.mark_answers", fail)
     with pytest.raises(RuntimeError, match="in the middle"):
         attack.run(model, texts(), exam(), 0)
     assert unchanged(model, before, weights)
@@ -114,10 +115,10 @@ def test_change_gets_outputs_by_inputs() -> None:
         with pytest.MonkeyPatch.context() as patch:
             changed = {}
             patch.setattr(
-                "srmu.attacks.perturbations.ask_exam",
+                "srmu.attacks.perturbations.mark_answers",
                 lambda model, *_, changed=changed: changed.update(weights_of(model)),
             )
-            ask_changed(model, exam(), "double", double)
+            mark_changed(model, double, ())
         assert {shape: seen.count(shape) for shape in seen} == {k: 4 * v for k, v in expected.items()}
         names = find_matrices(model.module)
         for name, weight in weights_of(model).items():

@@ -1,13 +1,14 @@
 """What every attack gets and gives: a model, texts and questions; right answers and numbers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self, dataclass_transform
 
 from srmu.evals.statistics import Estimate
 from srmu.evals.subject import Question, Subject, mark_answers
 
+Marker = Callable[[Sequence[Question]], Sequence[float]]  # 1 for each question that is answered rightly, else 0
 Tier = Literal["smoke", "standard", "deep"]  # minutes on the testbed; an hour; a night
 
 
@@ -17,7 +18,7 @@ class Setting:
 
     setting: str
     val: tuple[float, ...]  # of the validation half, or a part of it
-    test: tuple[float, ...]  # may be empty but for the best setting, unless the exam asks `every`
+    test: tuple[float, ...]  # may be empty but for the best setting; where the exam asks `every`, `val` may be
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,20 @@ class Attack(ABC):
         """Attack the model, and leave it as it was. NotApplicable where the attack says nothing."""
 
 
-def ask_exam(model: Subject, exam: Exam, setting: str, posed: Sequence[Question] = ()) -> Setting:
-    """The exam, its questions as they are or as `posed`, under the setting that the model is in now."""
-    return exam.split_right(setting, mark_answers(model, posed or exam.both))
+def ask_exam(model: Subject, exam: Exam, setting: str) -> Setting:
+    """The exam under the setting that the model is in now."""
+    return exam.split_right(setting, mark_answers(model, exam.both))
+
+
+def choose_setting(
+    exam: Exam, settings: Mapping[str, Callable[[Sequence[Question]], Sequence[float]]]
+) -> list[Setting]:
+    """The validation half under each setting, and the test half under the best of them, the first of equals.
+
+    A setting marks questions of either half. An exam that asks `every` asks the test half alone, under each.
+    """
+    if exam.every:
+        return [Setting(name, (), (*ask(exam.test),)) for name, ask in settings.items()]
+    ways = {name: Setting(name, (*ask(exam.val),), ()) for name, ask in settings.items()}
+    best = max(ways.values(), key=lambda way: sum(way.val))
+    return [*(ways | {best.setting: replace(best, test=(*settings[best.setting](exam.test),))}).values()]

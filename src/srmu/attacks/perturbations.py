@@ -1,6 +1,6 @@
 """E10 and E11: rounding, pruning and noise, which may undo a small change of the weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from srmu.attacks.base import Attack, AttackResult, Exam, Setting, Texts, ask_exam
+from srmu.attacks.base import Attack, AttackResult, Exam, Texts, choose_setting
 from srmu.engine.sites import decoder_blocks
 from srmu.evals.statistics import Estimate
-from srmu.evals.subject import Subject
+from srmu.evals.subject import Question, Subject, mark_answers
 
 Matrix = Float[Tensor, "O I"]
 
@@ -38,14 +38,14 @@ def view_matrices(weight: Tensor, turned: bool) -> Tensor:
     return weight if weight.ndim == 3 else weight[None]
 
 
-def ask_changed(model: Subject, exam: Exam, setting: str, change: Callable[[Tensor], Tensor]) -> Setting:
-    """The exam when each linear matrix is what `change` makes of it: (outputs, inputs), float32."""
+def mark_changed(model: Subject, change: Callable[[Tensor], Tensor], asked: Sequence[Question]) -> Sequence[float]:
+    """`mark_answers` when each linear matrix is what `change` makes of it: (outputs, inputs), float32."""
     turned = find_matrices(model.module)
     with model.editable(*turned) as edited:
         for name, parameter in edited.trained.items():
             for matrix in view_matrices(parameter.data, turned[name]):
                 matrix.copy_(change(matrix.float()))
-        return ask_exam(model, exam, setting)
+        return mark_answers(model, asked)
 
 
 class Quantiser(NamedTuple):
@@ -96,14 +96,14 @@ class Quantisation(Attack, id="E10", name="quantisation", tier="smoke"):
     """All linear matrices of the layers rounded to the nearest level, in float."""
 
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
-        ways, metrics = [], {}
+        settings = {name: partial(mark_changed, model, one.round_matrix) for name, one in QUANTISERS.items()}
+        metrics = {}
         for name, quantiser in QUANTISERS.items():
-            ways.append(ask_changed(model, exam, name, quantiser.round_matrix))
             changed, same = count_undone(model, quantiser)
             if changed:
                 share = same / changed
                 metrics[f"in the original's bucket, {name}"] = Estimate(share, share, share, changed)
-        return AttackResult(ways, metrics)
+        return AttackResult(choose_setting(exam, settings), metrics)
 
 
 def count_undone(model: Subject, quantiser: Quantiser) -> tuple[int, int]:
@@ -131,15 +131,17 @@ class Noise(Attack, id="E11", name="noise", tier="standard"):
 
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
         changes = {f"{share:.0%} pruned": partial(prune_matrix, share=share) for share in self.pruned}
-        ways = [ask_changed(model, exam, name, change) for name, change in changes.items()]
-        for share in self.noise:
+        settings = {name: partial(mark_changed, model, change) for name, change in changes.items()}
+
+        def ask_noisy(share: float, asked: Sequence[Question]) -> Sequence[float]:
             right = []
             for i in range(self.seeds):
                 generator = torch.Generator(model.device).manual_seed(self.seeds * seed + i)
-                way = ask_changed(model, exam, "", partial(add_noise, share=share, generator=generator))
-                right.append([*way.val, *way.test])
-            ways.append(exam.split_right(f"noise of {share:.0%}", np.mean(right, axis=0).tolist()))
-        return AttackResult(ways)
+                right.append(mark_changed(model, partial(add_noise, share=share, generator=generator), asked))
+            return np.mean(right, axis=0).tolist()
+
+        settings |= {f"noise of {share:.0%}": partial(ask_noisy, share) for share in self.noise}
+        return AttackResult(choose_setting(exam, settings))
 
 
 def prune_matrix(matrix: Matrix, share: float) -> Matrix:

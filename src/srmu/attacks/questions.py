@@ -5,13 +5,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle
 from math import comb
 
 import numpy as np
 import torch
 
-from srmu.attacks.base import Attack, AttackResult, Exam, Setting, Texts, ask_exam
+from srmu.attacks.base import Attack, AttackResult, Exam, Setting, Texts, choose_setting
 from srmu.data.overlap import WORD_OVER
 from srmu.engine.fine_tune import Row
 from srmu.engine.generate import draw_tokens, next_logits
@@ -137,10 +138,13 @@ class EntangledQueries(Attack, id="E3", name="entangled_queries", tier="smoke"):
         if len({*names}) < LEAST:
             raise NotApplicable(f"needs harmless questions about {LEAST} facts: give utility tasks")
         solved = [solve_question(q) for q in harmless]
-        second = [q for half in (exam.val, exam.test) for q in put_in_front(cycle(solved), half)]
-        # an answer to the first question, read before the second, would be that to it alone
-        again = put_in_front([f"{q.prompt}\n\n" for q in exam.both], second)
-        ways = [ask_exam(model, exam, "second", second), ask_exam(model, exam, "first and again", again)]
+
+        def ask(asked: Sequence[Question], again: bool) -> Sequence[float]:
+            posed = put_in_front(cycle(solved), asked)
+            # an answer to the first question, read before the second, would be that to it alone
+            return mark_answers(model, put_in_front([f"{q.prompt}\n\n" for q in asked], posed) if again else posed)
+
+        settings = {"second": partial(ask, again=False), "first and again": partial(ask, again=True)}
         partners = rng.sample(exam.test, len(exam.test))
         forms = {
             "alone": harmless,
@@ -154,7 +158,7 @@ class EntangledQueries(Attack, id="E3", name="entangled_queries", tier="smoke"):
             table = np.stack([right["alone"], right[name]], axis=1)
             lost = bootstrap_estimate(table, names, lambda m: m[..., 0] - m[..., 1], seed=seed)
             metrics[f"cost of a forget term, {name}"] = lost
-        return AttackResult(ways, metrics)
+        return AttackResult(choose_setting(exam, settings), metrics)
 
 
 def put_in_front(fronts: Iterable[str], questions: Sequence[Question]) -> list[Question]:
@@ -192,15 +196,15 @@ class Prompts(Attack, id="E12", name="prompts", tier="standard"):
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
         order = random.Random(seed).sample(exam.val, len(exam.val))
 
-        def ask(setting: str, front: str = "", shots: int = 0, back: str = "") -> Setting:
-            starts = [front + list_examples(order, q.fact, shots) for q in exam.both]
-            posed = [replace(q, prompt=start + q.prompt + back) for q, start in zip(exam.both, starts, strict=True)]
-            return ask_exam(model, exam, setting, posed)
+        def ask(asked: Sequence[Question], front: str = "", shots: int = 0, back: str = "") -> Sequence[float]:
+            starts = [front + list_examples(order, q.fact, shots) for q in asked]
+            posed = [replace(q, prompt=start + q.prompt + back) for q, start in zip(asked, starts, strict=True)]
+            return mark_answers(model, posed)
 
-        ways = [ask(f"{self.shots} shots", shots=self.shots)]
-        ways += [ask(f"begun answer {i}", back=start) for i, start in enumerate(self.starts, 1)]
-        ways += [ask(f"role {i}", front=role + "\n\n") for i, role in enumerate(self.roles, 1)]
-        return AttackResult(ways)
+        settings = {f"{self.shots} shots": partial(ask, shots=self.shots)}
+        settings |= {f"begun answer {i}": partial(ask, back=start) for i, start in enumerate(self.starts, 1)}
+        settings |= {f"role {i}": partial(ask, front=role + "\n\n") for i, role in enumerate(self.roles, 1)}
+        return AttackResult(choose_setting(exam, settings))
 
 
 def list_examples(questions: list[Question], fact: str, count: int) -> str:

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,23 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from srmu.attacks.base import Attack, AttackResult, Exam, Texts, ask_exam
+from srmu.attacks.base import Attack, AttackResult, Exam, Texts, choose_setting
 from srmu.engine.fine_tune import Row
 from srmu.engine.generate import join_responses
 from srmu.engine.losses import is_counted, is_predicted, text_nlls
-from srmu.engine.sites import cut_blocks, decoder_blocks, edit_outputs
+from srmu.engine.sites import decoder_blocks, edit_outputs
 from srmu.engine.topic import Batch, move_batch
 from srmu.evals.statistics import LEAST, Array, bootstrap_estimate
-from srmu.evals.subject import NotApplicable, Question, Subject, list_facts, mark_answers, mark_right, pick_evenly
+from srmu.evals.subject import (
+    NotApplicable,
+    Question,
+    Subject,
+    list_facts,
+    mark_answers,
+    mark_layers,
+    mark_right,
+    pick_evenly,
+)
 
 BATCH = 32  # texts read at once
 
@@ -30,6 +40,11 @@ def edit_residual(model: Subject, edits: Mapping[int, ResidualEdit]) -> Abstract
     """Run the model with the outputs of some blocks, by number, put through a function each."""
     blocks = decoder_blocks(model.module)
     return edit_outputs({blocks[layer]: edit for layer, edit in edits.items()})
+
+
+def mark_edited(model: Subject, edits: Edits, asked: Sequence[Question]) -> Sequence[float]:
+    with edit_residual(model, edits):
+        return mark_answers(model, asked)
 
 
 @torch.no_grad()
@@ -80,11 +95,8 @@ class LogitLens(Attack, id="E4", name="logit_lens", tier="smoke"):
     """Final norm and unembedding on what each block puts out (nostalgebraist, 2020): the model cut above the block."""
 
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
-        ways = []
-        for layer in range(len(decoder_blocks(model.module))):
-            with cut_blocks(model.module, layer + 1):
-                ways.append(ask_exam(model, exam, f"layer {layer}"))
-        return AttackResult(ways)
+        marks = enumerate(mark_layers(model, exam.both))
+        return AttackResult([exam.split_right(f"layer {layer}", right) for layer, right in marks])
 
 
 class LinearProbe(Attack, id="E5", name="linear_probe", tier="standard"):
@@ -181,13 +193,12 @@ class DirectionAblation(Attack, id="E6", name="direction_ablation", tier="smoke"
         except NotApplicable as reason:
             skipped = {"displacement": str(reason)}
         kinds["forget minus neutral"] = self.find_difference_edits(model, texts, seed)
-        ways = []
+        settings = {}
         for kind, edits in kinds.items():
             ablated = {f"layer {layer}": {layer: edits[layer]} for layer in pick_evenly([*edits], self.single)}
             for where, chosen in (ablated | {"all layers": edits}).items():
-                with edit_residual(model, chosen):
-                    ways.append(ask_exam(model, exam, f"{kind}, {where}"))
-        return AttackResult(ways, budget={"skipped": skipped})
+                settings[f"{kind}, {where}"] = partial(mark_edited, model, chosen)
+        return AttackResult(choose_setting(exam, settings), budget={"skipped": skipped})
 
     def find_difference_edits(self, model: Subject, texts: Texts, seed: int) -> Edits:
         """h - ((h - m).d) d, d the unit mean(forget) - mean(neutral) and m the latter: 0 may be far from any token."""

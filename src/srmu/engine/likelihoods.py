@@ -1,6 +1,7 @@
 """Log-probabilities of answers in few forward passes, in place of lm-eval's own."""
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
+from functools import partial
 from inspect import signature
 from itertools import accumulate, pairwise
 from operator import and_, eq
@@ -10,10 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from srmu.engine.sites import edit_input
+from srmu.engine.sites import decoder_blocks, edit_input, edit_outputs, find_layers, swap_blocks
 from srmu.errors import SrmuError
 
 Tokens = tuple[int, ...]
+Score = tuple[float, bool]  # log p of an answer, and whether each of its tokens is the likeliest
+# ids, positions to keep, and options of a forward: logits of one or several readings, and keys and values
+Reader = Callable[..., tuple[Iterable[Tensor], Any]]
+APART = 0.05  # of their norm, by which logits of one model may differ: they are rounded otherwise in other batches
 HELD = 1024  # tokens whose keys and values a batch keeps, before answers are read on
 
 
@@ -24,13 +29,38 @@ def score_answers(
     *,
     batch_size: int = 64,
     dtype: torch.dtype | None = None,
-    done: Callable[[int, tuple[float, bool]], None] = lambda number, result: None,
-) -> list[tuple[float, bool]]:
+    done: Callable[[int, Score], None] = lambda number, result: None,
+) -> list[Score]:
     """Of each pair (tokens before, tokens of the answer): log p, and whether each is the likeliest; as lm-eval's.
 
     A prompt of several answers is read once, and so is a start that the inputs of a batch share; only positions that
     predict an answer meet the vocabulary. `dtype` is that of the softmax; `done` gets each result.
     """
+
+    def read(ids: Tensor, keep: Tensor, **options: Any) -> tuple[list[Tensor], Any]:
+        logits, past = read_logits(model, ids, keep, **options)
+        return [logits], past
+
+    return [score for (score,) in score_readings(model, read, pairs, max_length, batch_size, dtype, done)]
+
+
+def score_layers(
+    model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int, dtype: torch.dtype | None = None
+) -> list[list[Score]]:
+    """Of each pair: what `score_answers` gives for the model cut above each block, the lowest first, in one reading."""
+    return score_readings(model, partial(read_layers, model), pairs, max_length, dtype=dtype)
+
+
+def score_readings(
+    model: Any,
+    read: Reader,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    max_length: int,
+    batch_size: int = 64,
+    dtype: torch.dtype | None = None,
+    done: Callable[[int, Score], None] = lambda number, result: None,
+) -> list[list[Score]]:
+    """Of each pair: its score by each of the logits that `read` gives; `done` gets that by the last."""
     past_kept = keeps_past(model)
     inputs = [cut_input(before, answer, max_length) for before, answer in pairs]
     answers: dict[Tokens, set[Tokens]] = {}  # of several tokens, by what comes before them
@@ -45,7 +75,7 @@ def score_answers(
     tails = {row: max(count for _, count in of_it) for row, of_it in askers.items()}
     stems = {row for row, of_it in askers.items() if any(count < len(pairs[i][1]) for i, count in of_it)}
     setup = 96 if model.device.type == "cpu" else 2048  # tokens read while a forward gets going
-    results: dict[int, tuple[float, bool]] = {}
+    results: dict[int, list[Score]] = {}
     for rows, shared in plan_batches(tails, batch_size, setup, stems):
         asked = [(n, i, pairs[i][1][:count]) for n, row in enumerate(rows) for i, count in askers[row]]
         past = None
@@ -60,16 +90,16 @@ def score_answers(
             states: Any = {"past_key_values": past} if past else {}
             states["use_cache"] = past is not None or not stems.isdisjoint(rows)
             keeps = torch.tensor(keep, device=model.device)
-            logits, past = read_logits(model, ids[:, start:], keeps, **states)
+            readings, past = read(ids[:, start:], keeps, **states)
             # an answer ends at its input's last position; -1 before it, where others are longer
             words = [[-1] * (width - len(answer)) + [*answer] for _, _, answer in asked]
-            found = pick_words(logits, [n for n, _, _ in asked], words, dtype)
+            found = pick_words(readings, [n for n, _, _ in asked], words, dtype)
             rest = {i: (n, pairs[i][1]) for n, i, answer in asked if len(answer) < len(pairs[i][1])}
-            more = dict(zip(rest, read_on(model, past, [*rest.values()], dtype), strict=True))
-        for (_, i, _), (log, likeliest) in zip(asked, found, strict=True):
-            further, also = more.get(i, (0.0, True))
-            results[i] = (log + further, likeliest and also)
-            done(i, results[i])
+            more = dict(zip(rest, read_on(read, past, [*rest.values()], dtype, model.device), strict=True))
+        for (_, i, _), scores in zip(asked, found, strict=True):
+            further = more.get(i, [(0.0, True)] * len(scores))
+            results[i] = [(a + b, first and then) for (a, first), (b, then) in zip(scores, further, strict=True)]
+            done(i, results[i][-1])
     return [results[i] for i in range(len(pairs))]
 
 
@@ -88,32 +118,36 @@ def cut_input(before: Sequence[int], answer: Sequence[int], max_length: int) -> 
 
 
 def read_on(
-    model: Any, past: Any, rest: Sequence[tuple[int, Sequence[int]]], dtype: torch.dtype | None
-) -> list[tuple[float, bool]]:
-    """Log p of the tokens after an answer's first one, for each (row of `past`, answer); whether each is likeliest.
+    read: Reader, past: Any, rest: Sequence[tuple[int, Sequence[int]]], dtype: torch.dtype | None, device: torch.device
+) -> list[list[Score]]:
+    """The scores of an answer's tokens after its first one, for each (row of `past`, answer).
 
     All rows of `past` have one length, so that no position is empty.
     """
     if not rest:
         return []
     rows = [*dict.fromkeys((n, (*answer[:-1],)) for n, answer in rest)]
-    past.batch_select_indices(torch.tensor([n for n, _ in rows], device=model.device))
-    ids = pad_sequence([torch.tensor(tokens, device=model.device) for _, tokens in rows], batch_first=True)
-    logits = model(ids, past_key_values=past, use_cache=True).logits
+    past.batch_select_indices(torch.tensor([n for n, _ in rows], device=device))
+    ids = pad_sequence([torch.tensor(tokens, device=device) for _, tokens in rows], batch_first=True)
+    keep = torch.arange(ids.shape[1], device=device).expand_as(ids)
+    readings, _ = read(ids, keep, past_key_values=past, use_cache=True)
     places = {row: at for at, row in enumerate(rows)}
     words = [[*answer[1:]] + [-1] * (ids.shape[1] + 1 - len(answer)) for _, answer in rest]
-    return pick_words(logits, [places[n, (*answer[:-1],)] for n, answer in rest], words, dtype)
+    return pick_words(readings, [places[n, (*answer[:-1],)] for n, answer in rest], words, dtype)
 
 
 def pick_words(
-    logits: Tensor, rows: Sequence[int], words: Sequence[Sequence[int]], dtype: torch.dtype | None
-) -> list[tuple[float, bool]]:
-    """Log p of words in those rows of logits (B, W, V) that ask for them, and whether each is likeliest; -1: none."""
-    logs = logits.log_softmax(-1, dtype=dtype)
-    at, wanted = (torch.tensor(value, device=logits.device) for value in (rows, words))
-    picked = logs[at].gather(-1, wanted.clamp(min=0)[..., None])[..., 0].masked_fill(wanted < 0, 0)
-    likeliest = (logs.argmax(-1)[at] == wanted) | (wanted < 0)
-    return [*zip(picked.sum(-1).tolist(), likeliest.all(-1).tolist(), strict=True)]
+    readings: Iterable[Tensor], rows: Sequence[int], words: Sequence[Sequence[int]], dtype: torch.dtype | None
+) -> list[list[Score]]:
+    """The scores of words by each reading, logits (B, W, V), in those rows that ask for them; -1: no word."""
+    found = []
+    for logits in readings:
+        logs = logits.log_softmax(-1, dtype=dtype)
+        at, wanted = (torch.tensor(value, device=logits.device) for value in (rows, words))
+        picked = logs[at].gather(-1, wanted.clamp(min=0)[..., None])[..., 0].masked_fill(wanted < 0, 0)
+        likeliest = (logs.argmax(-1)[at] == wanted) | (wanted < 0)
+        found.append(zip(picked.sum(-1).tolist(), likeliest.all(-1).tolist(), strict=True))
+    return [[*scores] for scores in zip(*found, strict=True)]
 
 
 def read_logits(model: Any, ids: Tensor, keep: Tensor, **options: Any) -> tuple[Tensor, Any]:
@@ -128,6 +162,32 @@ def read_logits(model: Any, ids: Tensor, keep: Tensor, **options: Any) -> tuple[
             return output.logits, getattr(output, "past_key_values", None)
     output = model(ids, **options)
     return output.logits[torch.arange(len(ids), device=ids.device)[:, None], keep], None
+
+
+def read_layers(model: Any, ids: Tensor, keep: Tensor, **options: Any) -> tuple[Iterable[Tensor], Any]:
+    """As `read_logits`, of the model cut above each block: one forward, then norm and head of what each put out.
+
+    SrmuError where those of the last block are not the model's own: its head then reads more than one block's output.
+    """
+    place, blocks = find_layers(model), decoder_blocks(model)
+    row = torch.arange(len(ids), device=ids.device)[:, None]
+    states: list[Tensor] = []
+
+    def take(value: Tensor) -> None:
+        # (B, T, ...), or with what a block puts out for each token besides first: (..., B, T, D)
+        states.append(value[row, keep] if value.shape[:2] == ids.shape else value[..., row, keep, :])
+
+    with edit_outputs(dict.fromkeys(blocks, take)):
+        own, past = read_logits(model, ids, keep, **options)
+
+    def finish(state: Tensor) -> Tensor:
+        # the first block runs only to be replaced: what comes before it and after the last is the model's own affair
+        with swap_blocks(place, blocks[:1]), edit_outputs({blocks[0]: lambda _: state}):
+            return model(torch.zeros_like(keep), use_cache=False).logits
+
+    if (finish(states[-1]) - own).norm() > APART * own.norm():
+        raise SrmuError(f"the head of {type(model).__name__} reads more than the last block puts out")
+    return map(finish, states), past
 
 
 def keeps_past(model: Any) -> bool:

@@ -1,7 +1,7 @@
 """A model that is examined, questions, how it answers them, and what tells that it has read a text."""
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from srmu.engine.generate import batch_texts
-from srmu.engine.likelihoods import score_answers
+from srmu.engine.likelihoods import score_answers, score_layers
 from srmu.engine.losses import is_predicted
 from srmu.engine.model import EditableModel, replace_tensor
 from srmu.engine.progress import Watch, ignore_progress
@@ -134,13 +134,26 @@ def answer_likelihoods(model: Subject, pairs: Sequence[tuple[str, str]]) -> list
 def option_scores(model: Subject, questions: Sequence[Question], *, normalised: bool = False) -> list[list[float]]:
     """The log-probability of each option of each question; `normalised`: a token's mean."""
     pairs = [(q.prompt, option) for q in questions for option in q.options]
-    scores = iter(logp / length if normalised else logp for logp, length in answer_likelihoods(model, pairs))
-    return [[next(scores) for _ in q.options] for q in questions]
+    scores = [logp / length if normalised else logp for logp, length in answer_likelihoods(model, pairs)]
+    return group_options(scores, questions)
+
+
+def group_options(scores: Iterable[float], questions: Sequence[Question]) -> list[list[float]]:
+    """The scores of all options of all questions, question by question."""
+    rest = iter(scores)
+    return [[next(rest) for _ in q.options] for q in questions]
 
 
 def mark_right(scores: Sequence[Sequence[float]], questions: Sequence[Question]) -> tuple[float, ...]:
     """1 where the right option has the highest score, else 0; the first of equals is chosen."""
     return tuple(float(row.index(max(row)) == q.gold) for row, q in zip(scores, questions, strict=True))
+
+
+def mark_layers(model: Subject, questions: Sequence[Question]) -> list[tuple[float, ...]]:
+    """What `mark_answers` gives for the model cut above each block, the lowest first."""
+    pairs = [model.split(q.prompt, option) for q in questions for option in q.options]
+    layers = zip(*score_layers(model.module, pairs, model.max_length, torch.float32), strict=True)
+    return [mark_right(group_options([log for log, _ in layer], questions), questions) for layer in layers]
 
 
 def mark_answers(model: Subject, questions: Sequence[Question]) -> tuple[float, ...]:
