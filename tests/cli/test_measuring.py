@@ -186,6 +186,18 @@ def test_entanglement(call: Call, tmp_path: Path) -> None:
     assert json.loads(answer.out)["numbers"]["entanglement"] == 0
 
 
+def test_tokens_of_rows(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "asked.csv").write_text("question,answer\nw1 w2,w3 w4 w5\n" + 'w6,"w7 ' + "w8 " * 30 + '"\n')
+    done = call("inspect", "--forget", "asked.csv", "--model", "model")
+    assert done.code == 0, done.err
+    assert "forget, row 1 (question and answer): " in done.out and "of which losses count 3" in done.out
+    assert done.out.splitlines()[1].endswith(" [7] [8] [9]") and " ... " in done.out.splitlines()[3]
+    rows = json.loads(call("inspect", "--forget", "asked.csv", "--model", "model", "--json").out)["rows"]
+    assert [sum(row["counted"]) for row in rows] == [3, 31]
+    assert "--model: name the one" in call("inspect", "--forget", "asked.csv", "--what", "tokens").err
+    assert "name a model or a run, or texts" in call("inspect").err
+
+
 def test_what_a_method_changes_leads_to_a_run_of_that_method(call: Call) -> None:
     done = call("inspect", "model", "--method", "npo", "method.beta=0.2")
     assert done.code == 0, done.err

@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers.models import VOCABULARY, pico_module, save_pico, texts, word_tokenizer, write_jsonl  # fmt: skip
 from srmu.data.digest import digest_texts, own_key
-from srmu.data.sources import Source, TemplatedText, read_counted, read_texts
+from srmu.data.rows import CountedText, join_counted
+from srmu.data.sources import Source, read_counted, read_texts
 from srmu.data.tokens import batch_rows, pad_id, tokenise_texts, wrap_texts
 from srmu.data.topics import TopicConfig, load_topic
 from srmu.engine.losses import mean_nll
@@ -557,7 +558,8 @@ def test_a_template_joins_columns(place: str, tmp_path: Path, monkeypatch: pytes
     found = read_texts([source])
     assert found == joined(rows)
     for text, row in zip(found, rows, strict=True):
-        assert isinstance(text, TemplatedText) and text[text.start :] == row["answer"]
+        assert isinstance(text, CountedText)
+        assert [text[start:end] for start, end in text.spans] == [row["answer"]]
     assert digest_texts(found) == digest_texts(joined(rows))
 
 
@@ -731,7 +733,7 @@ def test_other_places_that_a_template_does_not_fit(tmp_path: Path, monkeypatch: 
 
 
 def test_padding_that_counts_does_not_go_with_a_template(tmp_path: Path) -> None:
-    with pytest.raises(SrmuError, match=r"topic bio: .* template .* train\.padding=mask"):
+    with pytest.raises(SrmuError, match=r"topic bio: .* templates only .* train\.padding=mask"):
         asked(tmp_path, pairs(4, 1), word_tokenizer(), padding="count")
 
 
@@ -739,10 +741,8 @@ def test_a_template_needs_places_of_tokens(tmp_path: Path) -> None:
     class Slow:
         is_fast = False
 
-    with pytest.raises(SrmuError, match=r"a template needs a tokenizer .* tokenizer\.json"):
-        text = TemplatedText("w1 w2")
-        text.start = 3
-        tokenise_texts([text], Slow(), 8)
+    with pytest.raises(SrmuError, match=r"templates need a tokenizer .* tokenizer\.json"):
+        tokenise_texts([join_counted([("w1 ", False), ("w2", True)])], Slow(), 8)
 
 
 # --- rows that have a value

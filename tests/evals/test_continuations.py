@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from helpers import attack_world as world
 from helpers.models import pico_module, pieces, save_pico, word_tokenizer
-from srmu.data.sources import TemplatedText
+from srmu.data.rows import join_counted
 from srmu.engine.generate import continue_greedily
 from srmu.evals import continuations
 from srmu.evals.continuations import ask_model, cut_openings, measure_repetition, read_prompts, repeated_share
@@ -91,8 +91,7 @@ def test_openings_are_the_first_halves_of_texts_from_all_over_a_set() -> None:
 
 
 def test_openings_of_templates_and_of_tokenizers_without_a_first_token() -> None:
-    text = TemplatedText("w1 " * 80 + "w2")
-    text.start = len(text) - 2
+    text = join_counted([("w1 " * 80, False), ("w2", True)])
     assert [len(row) for row in cut_openings([text], word_tokenizer(), 2048)] == [32]
     tokenizer = pieces(["ab ab cd"])
     ids = tokenizer("ab cd ef gh")["input_ids"]

@@ -17,14 +17,17 @@ verbs = typer.Typer()
 GROUP = "Measure"
 
 TEXTS = "texts"  # the target that is neither a model nor a run
-SUBJECTS = {"entanglement": "the word texts", "names": "the word texts", "alignment": "a run", "layers": "a run"}
+SUBJECTS = dict.fromkeys(["entanglement", "names", "tokens"], "the word texts") | dict.fromkeys(
+    ["alignment", "layers"], "a run"
+)
 Subject = Annotated[
-    Literal["reach", "confidence", "sensitivity", "alignment", "layers", "entanglement", "names"] | None,
+    Literal["reach", "confidence", "sensitivity", "alignment", "layers", "entanglement", "names", "tokens"] | None,
     Option(
         help="Of a model or a run: reach (default), confidence, sensitivity; of a run: alignment, "
-        "layers; of texts: entanglement (default), names."
+        "layers; of texts: entanglement (default), names, tokens (with --model alone)."
     ),
 ]
+FIRST, TOKENS = 2, 20  # rows, and first and last tokens of each, that are shown
 
 
 @verbs.command("eval", rich_help_panel=GROUP)
@@ -221,13 +224,15 @@ def compare_command(
 
 @verbs.command("inspect", rich_help_panel=GROUP)
 def inspect_command(
-    target: Annotated[str, Argument(metavar="MODEL|RUN|texts", help="A model, a run, or the word: texts.")],
+    target: Annotated[
+        str, Argument(metavar="MODEL|RUN|texts", help="A model, a run, or the word: texts (with --forget).")
+    ] = "",
     settings: Annotated[list[str] | None, Argument(metavar="key=value", help="reach: method.layer=3.")] = None,
     what: Subject = None,
     method: Annotated[str, Option(help="reach: which method; default: srmu.")] = "",
     forget: options.Forget = None,
     retain: options.Retain = None,
-    model: Annotated[str, Option(help="entanglement: compare its activations, too.")] = "",
+    model: Annotated[str, Option(help="entanglement: compare its activations, too; tokens: whose.")] = "",
     tasks: Annotated[str, Option(help="entanglement: are they in the texts? a,b")] = "",
     tasks_dir: options.TasksDir = None,
     definition: Annotated[Definition, Option(help="entanglement: which overlap of n-grams.")] = "pair_containment",
@@ -237,6 +242,10 @@ def inspect_command(
     as_json: options.Json = False,
 ) -> None:
     """Look inside a model, a run or texts: what a method changes, how entangled texts are."""
+    if not target:
+        if not forget and not retain:
+            raise SrmuError("name a model or a run, or texts: --forget FILE")
+        target, what = TEXTS, what or ("tokens" if model else None)
     what = what or ("entanglement" if target == TEXTS else "reach")
     wanted = SUBJECTS.get(what, "a model or a run")
     if (wanted == "the word texts") != (target == TEXTS):
@@ -254,6 +263,9 @@ def inspect_command(
             raise SrmuError(f"--{role}: name a file of texts")
     if what == "names":
         list_names(texts, out, as_json)
+        return
+    if what == "tokens":
+        list_tokens(texts, model, as_json)
         return
     if what == "entanglement":
         found = compare_texts(texts, tasks, tasks_dir, model, definition, device)
@@ -301,6 +313,31 @@ def list_names(texts: dict[str, list[str]], out: Path | None, as_json: bool) -> 
         lines += [f"wrote {out}", output.next_command("unlearn", "CONFIG", *method)]
     table = [{"name": name, "texts": str(count)} for name, count in counts.items()]
     output.print_result({"names": counts}, as_json, *lines, table=table)
+
+
+def list_tokens(texts: dict[str, list[str]], model: str, as_json: bool) -> None:
+    """Tokens of the first rows as a model reads them, those that losses count in brackets."""
+    from srmu.data.tokens import encode_texts
+    from srmu.data.topics import TopicConfig, describe_taken
+    from srmu.engine.weights import locate_model
+    from srmu.runs.plan import load_tokenizer
+
+    if not model:
+        raise SrmuError("--model: name the one whose tokens are to be shown")
+    tokenizer = load_tokenizer(locate_model(model))
+    length = TopicConfig.model_fields["max_length"].default
+    answer, lines = [], []
+    for role, rows in texts.items():
+        taken = describe_taken(rows[0], tokenizer) if rows else ""
+        how = f" ({taken})" if taken else ""
+        for number, (ids, counted) in enumerate(encode_texts(rows[:FIRST], tokenizer, length), 1):
+            lines.append(f"{role}, row {number}{how}: {len(ids)} tokens, of which losses count {sum(counted)}")
+            marked = [f"[{token}]" if counts else str(token) for token, counts in zip(ids, counted, strict=True)]
+            rest = ["...", *marked[max(TOKENS, len(ids) - TOKENS) :]] if len(ids) > TOKENS else []
+            lines.append("  " + " ".join([*marked[:TOKENS], *rest]))
+            answer.append({"role": role, "row": number, "taken": taken, "ids": ids, "counted": counted})
+    lines.append(output.next_unlearning(model))
+    output.print_result({"rows": answer}, as_json, *lines)
 
 
 def compare_texts(

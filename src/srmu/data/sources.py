@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from srmu.data.rows import KNOWN, TEXT, join_counted, read_cell, read_text, take_row
 from srmu.engine.files import find_paths
 from srmu.errors import SrmuError, first_line, suggest_word
 
@@ -24,11 +25,13 @@ BAD_BYTE = re.compile("[\udc80-\udcff]")  # how Python escapes a byte that is no
 class Source:
     """Where texts come from: a file or glob (`path`), or a data set of the hub (`dataset`).
 
-    A `template` like "[INST] {question} [/INST]{answer}" makes a text of several columns. Losses, and methods that work
-    on activations, count only what follows from its last column on; the tokens before have the label -100, as TOFU's
-    code trains on answers after their questions (arXiv 2401.06121, data_module.py). `where` takes only the rows that
-    have these values. `wrap` joins all texts and cuts them into pieces of exactly max_length tokens, as MUSE's code
-    does (arXiv 2407.06460, baselines/dataset.py); without it, each text is cut at max_length and loses its rest.
+    A row without a `text` may hold a question with its answer, or a chat: `take_row` tells them by their columns. A
+    `template` like "[INST] {question} [/INST]{answer}" makes a text of several columns. Losses, and methods that work
+    on activations, count only answers, and what follows from a template's last column on; the tokens before have the
+    label -100, as TOFU's code trains on answers after their questions (arXiv 2401.06121, data_module.py). `where` takes
+    only the rows that have these values. `wrap` joins all texts and cuts them into pieces of exactly max_length tokens,
+    as MUSE's code does (arXiv 2407.06460, baselines/dataset.py); without it, each text is cut at max_length and loses
+    its rest.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
@@ -37,10 +40,11 @@ class Source:
     dataset: str | None = None
     name: str | None = None
     split: str = "train"
-    column: str = "text"
+    column: str = TEXT
     template: str | None = None
     where: dict[str, str | int | float | bool] = field(default_factory=dict)
     wrap: bool = False
+    plain: bool = False  # of questions and chats the plain form, not the model's chat template
     revision: str | None = None
     on_bad_row: Literal["error", "skip"] = "error"  # skip: leave out rows that hold no text
 
@@ -53,7 +57,7 @@ class Source:
             return
         named = COLUMN.search(self.template)
         for fault, message in (
-            (self.column != "text", "a text source takes one of column and template"),
+            (self.column != TEXT, "a text source takes one of column and template"),
             (not named, f"template {self.template!r} has no column; name one in braces: '{{q}} {{answer}}'"),
             (JINJA.search(self.template), f"template {self.template!r}: a column stands in one pair of braces: {{q}}"),
             (self.wrap, "wrap would part answers from their questions; leave out wrap or template"),
@@ -78,12 +82,6 @@ class RowSource(Source):
     """Texts, or rows with a text, that are in memory; errors call them by `path`."""
 
     rows: Iterable[Any] = ()
-
-
-class TemplatedText(str):
-    """A text made by a template; losses count it from the character `start` on."""
-
-    start: int
 
 
 def read_texts(sources: list[Source]) -> list[str]:
@@ -138,12 +136,19 @@ def read_row(source: Source, row: Any, place: str) -> list[str]:
     if values != {column: str(value) for column, value in source.where.items()}:
         return []
     if source.template is None:
+        if source.column == TEXT and isinstance(row, dict) and TEXT not in row:
+            if text := take_row(row, place, plain=source.plain):
+                if source.wrap:
+                    raise SrmuError(f"{place}: wrap would part answers from their questions; leave it out")
+                return [text]
+            named = ", ".join(map(str, row)) or "none"
+            raise SrmuError(
+                f"{place}: no column 'text'; found {named}; expected {KNOWN}: for others name column, or a template"
+            )
         return [read_text(row, source.column, place)]
     words = COLUMN.split(source.template)  # text and column names, in turn
     words[1::2] = [read_text(row, column, place) for column in words[1::2]]
-    text = TemplatedText("".join(words))
-    text.start = sum(map(len, words[:-2]))
-    return [text]
+    return [join_counted([("".join(words[:-2]), False), ("".join(words[-2:]), True)])]
 
 
 def read_rows(source: Source) -> Iterator[tuple[str, Any]]:
@@ -261,11 +266,12 @@ def read_hub(source: Source) -> Iterator[tuple[str, Any]]:
     except Exception as error:  # datasets raises many kinds; the user can mend each
         advice = "a gated set needs `hf auth login`, a local copy goes in as path: file.jsonl"
         raise SrmuError(f"data set {source.dataset} cannot be loaded: {first_line(error)}; {advice}") from error
-    if missing := [column for column in source.columns if column not in table.column_names]:
+    columns = source.columns if source.columns != [TEXT] or TEXT in table.column_names else table.column_names
+    if missing := [column for column in columns if column not in table.column_names]:
         found = ", ".join(table.column_names)
         raise SrmuError(f"data set {source.dataset} has no column {missing[0]!r}; found {found}")
-    for number, row in enumerate(table.select_columns(source.columns), 1):
-        if source.template or str(row[source.column]).strip():
+    for number, row in enumerate(table.select_columns(columns), 1):
+        if source.template or str(row.get(source.column, row)).strip():
             yield f"{source.dataset} row {number}", row
 
 
@@ -282,26 +288,3 @@ def parse_json(text: str, path: Path, line: int = 1) -> Any:
     except (ValueError, RecursionError):
         reason = "nested too deeply, or a number too long"
     return SrmuError(f'{path}:{line}: not JSON ({reason}); expected {{"text": "..."}}')
-
-
-def read_cell(row: dict[str, Any], column: str, place: str) -> Any:
-    """What a row holds in a column."""
-    if column not in row:
-        names = ", ".join(map(str, row)) or "none"
-        raise SrmuError(f"{place}: no column {column!r}; found {names}")
-    return row[column]
-
-
-def read_text(row: Any, column: str, place: str) -> str:
-    """The text of a row, which is an object with `column` or a plain string."""
-    if isinstance(row, dict):
-        row = read_cell(row, column, place)
-    if not isinstance(row, str):
-        raise SrmuError(f"{place}: {column!r} is {type(row).__name__}, expected a string")
-    if not row.strip():
-        raise SrmuError(f"{place}: the {column} is empty")
-    try:
-        row.encode()
-    except UnicodeEncodeError:
-        raise SrmuError(f"{place}: the {column} holds half of a surrogate pair") from None
-    return row

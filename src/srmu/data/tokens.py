@@ -2,13 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from operator import and_
+from typing import Any, TypeGuard
 
+from srmu.data.rows import CountedText, render_chat
 from srmu.engine.generate import pad_rows
 from srmu.engine.topic import Batch, Padding
 from srmu.errors import SrmuError
 
 MIN_TOKENS = 2  # a text with fewer carries no context
+
+EncodedRow = tuple[list[int], list[bool]]  # tokens, and which of them losses count
 
 
 def tokenise_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[list[int]]:
@@ -16,27 +20,61 @@ def tokenise_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> lis
     return [row for row, _ in encode_texts(texts, tokenizer, max_length)]
 
 
-def encode_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[tuple[list[int], int]]:
-    """Token ids of each text, with the number of first tokens that losses leave out.
+def encode_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[EncodedRow]:
+    """Token ids of each text, cut at `max_length`, and which of them losses count.
 
-    Of a template's text, losses count the tokens from the first one on that holds a part of its last column; a text
-    that is cut before that is too short.
+    Of a `CountedText` they count the tokens that hold a part of its spans, and those that the tokenizer adds at the end
+    of a last one. A chat is written in the tokenizer's chat template, if it has one. Left out is a text with too few
+    tokens, or with none that counts.
     """
-    starts: list[int] = [getattr(text, "start", 0) for text in texts]  # of a TemplatedText
-    if any(starts) and not tokenizer.is_fast:
-        advice = "take one with a tokenizer.json, or leave the template out and name a column"
-        raise SrmuError(f"a template needs a tokenizer that knows where its tokens are in a text: {advice}")
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_length, return_offsets_mapping=any(starts))
+    if any(getattr(text, "spans", ()) for text in texts) and not tokenizer.is_fast:
+        advice = "take one with a tokenizer.json, or name one column to read"
+        raise SrmuError(f"questions, chats and templates need a tokenizer that knows where its tokens are: {advice}")
+    special = {*tokenizer.all_special_ids}
+    found: dict[int, EncodedRow] = {}
+    for chat in (False, True):
+        part = {i: text for i, text in enumerate(texts) if has_template(text, tokenizer) == chat}
+        if chat:  # whose template has special tokens of its own
+            part = {i: render_chat(text, tokenizer) for i, text in part.items() if has_template(text, tokenizer)}
+        for i, (row, counted) in zip(part, encode_part([*part.values()], tokenizer, max_length, not chat), strict=True):
+            words = [token not in special for token in row]
+            if sum(words) >= MIN_TOKENS and any(map(and_, words, counted)):
+                found[i] = row, counted
+    return [found[i] for i in sorted(found)]
+
+
+def encode_part(texts: Sequence[str], tokenizer: Any, max_length: int, special: bool) -> list[EncodedRow]:
+    """`encode_texts` of texts that are as they will be read; `special`: with the tokens that the tokenizer adds."""
+    if not texts:
+        return []
+    spans = [getattr(text, "spans", ()) for text in texts]
+    how = {"truncation": True, "max_length": max_length, "return_offsets_mapping": any(spans)}
+    encoded = tokenizer([*texts], add_special_tokens=special, **how)
     refuse_second_bos(encoded["input_ids"], tokenizer)
-    special = set(tokenizer.all_special_ids)
-    rows = []
-    for i, (row, start) in enumerate(zip(encoded["input_ids"], starts, strict=True)):
-        spans = encoded["offset_mapping"][i] if start else []
-        before = next((k for k, (_, end) in enumerate(spans) if end > start), len(spans))
-        words = [token not in special for token in row]
-        if sum(words) >= MIN_TOKENS and any(words[before:]):
-            rows.append((row, before))
-    return rows
+    rows = enumerate(encoded["input_ids"])
+    counted = {i: mark_tokens(encoded["offset_mapping"][i], own, len(texts[i])) for i, own in enumerate(spans) if own}
+    return [(row, counted.get(i, [True] * len(row))) for i, row in rows]
+
+
+def read_ids(text: str, tokenizer: Any) -> list[int]:
+    """All tokens of a text; of a chat those of the tokenizer's chat template, if it has one."""
+    if has_template(text, tokenizer):
+        return tokenizer(render_chat(text, tokenizer), add_special_tokens=False)["input_ids"]
+    return tokenizer(text)["input_ids"]
+
+
+def has_template(text: str, tokenizer: Any) -> TypeGuard[CountedText]:
+    """Whether a text is a chat, and the tokenizer has a template for it."""
+    return isinstance(text, CountedText) and bool(text.turns) and bool(getattr(tokenizer, "chat_template", None))
+
+
+def mark_tokens(places: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]], size: int) -> list[bool]:
+    """Which tokens hold a part of a span; where the last span ends with the text of that size, all after it, too."""
+    counted = [any(start < end and first < stop for first, end in spans) for start, stop in places]
+    if spans[-1][1] == size and any(counted):
+        last = len(counted) - counted[::-1].index(True)
+        counted[last:] = [True] * (len(counted) - last)
+    return counted
 
 
 def wrap_texts(texts: Sequence[str], tokenizer: Any, max_length: int, place: str = "texts") -> list[list[int]]:
@@ -65,12 +103,12 @@ def refuse_second_bos(rows: Sequence[Sequence[int]], tokenizer: Any) -> None:
 
 
 def batch_rows(
-    rows: Sequence[list[int]], tokenizer: Any, batch_size: int, padding: Padding, before: Sequence[int] = ()
+    rows: Sequence[list[int]], tokenizer: Any, batch_size: int, padding: Padding, counted: Sequence[list[bool]] = ()
 ) -> Iterator[Batch]:
     """Batches of rows, in order.
 
     `mask` pads right and counts real tokens only; `count` pads left and counts the padding too, as the public RMU code
-    does. `before`: how many of each row's first tokens losses leave out.
+    does. `counted`: which tokens of each row losses count; default: all.
     """
     stack = partial(pad_rows, padding_side="right" if padding == "mask" else "left")
     for start in range(0, len(rows), batch_size):
@@ -78,9 +116,8 @@ def batch_rows(
         ids = stack(chunk, padding_value=pad_id(tokenizer))
         mask = stack([1] * len(row) for row in chunk)
         labels = ids if padding == "count" else ids.masked_fill(mask == 0, -100)
-        if any(first := before[start : start + batch_size]):
-            late = stack([i < count for i in range(len(row))] for row, count in zip(chunk, first, strict=True))
-            labels = labels.masked_fill(late, -100)
+        if counted:
+            labels = labels.masked_fill(stack(counted[start : start + batch_size]) == 0, -100)
         yield Batch(input_ids=ids, attention_mask=mask, labels=labels)
 
 

@@ -1,7 +1,8 @@
 """Sources to a topic that a method can train on."""
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from srmu.data.digest import digest_texts, own_key
 from srmu.data.overlap import count_shared
 from srmu.data.sources import Source, read_counted
-from srmu.data.tokens import MIN_TOKENS, batch_rows, encode_texts, wrap_texts
+from srmu.data.tokens import MIN_TOKENS, EncodedRow, batch_rows, encode_texts, has_template, wrap_texts
 from srmu.engine.topic import Batch, Topic
 from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
@@ -79,11 +80,11 @@ def batch_role(
     topic: Topic, role: str, parts: Parts, length: int, tokenizer: Any, train: TrainOptions
 ) -> tuple[list[Batch], dict[str, Any]]:
     """The batches of one role, in the order of training, and what the record says of them."""
-    rows: list[tuple[list[int], int]] = []
+    rows: list[EncodedRow] = []
     short = 0
     for source, part in parts:
         if source.wrap and part:
-            rows += [(piece, 0) for piece in wrap_texts(part, tokenizer, length, source.place)]
+            rows += [(piece, [True] * length) for piece in wrap_texts(part, tokenizer, length, source.place)]
         elif part:
             encoded = encode_texts(part, tokenizer, length)
             rows, short = rows + encoded, short + len(part) - len(encoded)
@@ -91,21 +92,22 @@ def batch_role(
     if texts and not rows:
         why = f"(under {MIN_TOKENS} tokens, or none to count in losses)"
         raise SrmuError(f"topic {topic.name}: all {len(texts)} {role} texts are too short {why}")
-    if train.padding == "count" and any(before for _, before in rows):
-        why = "of a text made by a template only the end counts, so padding must not"
+    if train.padding == "count" and not all(all(counted) for _, counted in rows):
+        why = "of questions, chats and templates only a part counts, so padding must not"
         raise SrmuError(f"topic {topic.name}: {why}: set train.padding=mask")
     if train.shuffle:
         order = torch.randperm(len(rows), generator=topic.generator(f"shuffle {role}"))
         rows = [rows[i] for i in order.tolist()]
-    ids, before = [row for row, _ in rows], [count for _, count in rows]
+    ids, counted = [row for row, _ in rows], [marks for _, marks in rows]
     counts = {
         "documents": len(texts) - short,
         "too_short": short,
         "tokens": sum(map(len, ids)),
         "digest": digest_texts(texts),
+        "taken": dict(Counter(taken for text in texts if (taken := describe_taken(text, tokenizer)))),
         "key": hashlib.sha256(own_key()).hexdigest()[:16],  # tells whether two digests can be compared
     }
-    return list(batch_rows(ids, tokenizer, train.batch_size, train.padding, before)), counts
+    return list(batch_rows(ids, tokenizer, train.batch_size, train.padding, counted)), counts
 
 
 def split_held_out(texts: Sequence[str], count: int) -> tuple[list[str], list[str]]:
@@ -113,3 +115,16 @@ def split_held_out(texts: Sequence[str], count: int) -> tuple[list[str], list[st
     order = sorted(set(texts), key=lambda text: hashlib.sha256(text.encode()).digest())
     held = {*order[:count]}
     return [text for text in texts if text not in held], order[:count]
+
+
+def explain_rows(topic: str, counts: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """What rows that hold more than a text are read as, a sentence each; `counts` as a topic has them, by role."""
+    for role in ROLES:
+        for taken, number in counts.get(role, {}).get("taken", {}).items():
+            yield f"{topic}: {number} {role} rows are read as {taken}; losses count the answers"
+
+
+def describe_taken(text: str, tokenizer: Any) -> str:
+    """What a row's text was made of, and how it is written; "" for a row of one text."""
+    taken = getattr(text, "taken", "")
+    return f"{taken}, in the model's chat template" if has_template(text, tokenizer) else taken

@@ -30,7 +30,7 @@ def join_responses(contexts: Sequence[Ids], responses: Sequence[Ids]) -> Batch:
     )
 
 
-def pad_rows(rows: Iterable[Ids], **options: Any) -> Tensor:
+def pad_rows(rows: Iterable[Sequence[int]], **options: Any) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, **options)
 
 

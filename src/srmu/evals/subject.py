@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from srmu.data.tokens import read_ids
 from srmu.engine.generate import batch_texts
 from srmu.engine.likelihoods import score_answers, score_layers
 from srmu.engine.losses import is_predicted
@@ -61,7 +62,7 @@ class Subject:
 
     def __post_init__(self) -> None:
         self.module.eval()
-        self._known = lru_cache(1 << 16)(lambda text: tuple(self.tokenizer(text)["input_ids"]))
+        self._known = lru_cache(1 << 16)(lambda text: tuple(read_ids(text, self.tokenizer)))
 
     @property
     def device(self) -> torch.device:

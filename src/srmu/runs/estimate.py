@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import torch
 
+from srmu.data.topics import explain_rows
 from srmu.engine import weights
 from srmu.engine.devices import free_bytes
 from srmu.engine.files import format_gb
@@ -49,7 +50,8 @@ def plan_dry_run(config: Config) -> tuple[Config, dict[str, Any], list[str]]:
         found |= {"advice": "", "checkpoint_bytes": 2 * parameters}
         found["dimensions"] = {"parameters": parameters, "held": found["parameters_held"]}
     filters = {"gb": format_gb, "duration": format_duration}
-    return plan.config, found, render_template("plan.txt", filters, **found).splitlines()
+    rows = [line for topic in topics for line in explain_rows(topic.name, topic.counts)]
+    return plan.config, found, [*rows, *render_template("plan.txt", filters, **found).splitlines()]
 
 
 def estimate_run(plan: RunPlan, topics: list[Topic], speed: float | None = None) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from srmu.runs.reach import describe_reach
 from srmu.runs.record import compare_tensor
 from srmu.runs.run import Run, unlearn_config
 
-Texts = Any  # texts, rows with a `text`, files (pathlib), a data set; see `as_sources`
+Texts = Any  # texts, rows, files (pathlib), a data set; see `as_sources`
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,8 @@ def as_sources(texts: Texts, role: str) -> list[Source]:
         keys = f" of {', '.join(map(str, texts))}" if isinstance(texts, Mapping) else ""
         raise SrmuError(
             f"{role} is one {type(texts).__name__}{keys}: expected [text, ...], [row, ...] where each row has a "
-            "'text', a datasets.Dataset (one split of a DatasetDict), or files as pathlib.Path"
+            "'text', a question and answer, or messages, a datasets.Dataset (one split of a DatasetDict), or files as "
+            "pathlib.Path"
         )
     if not isinstance(texts, list | tuple):
         return [RowSource(path=role, rows=texts)]

@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from srmu.data.topics import explain_rows
 from srmu.engine import distributed, weights
 from srmu.engine.devices import find_device
 from srmu.engine.files import end_lock, format_json, read_json, require_free, require_place, sha256, write_whole
@@ -284,4 +285,5 @@ def run_notes(run: Run) -> list[str]:
     record = run.record
     notes = render_template("notes.txt", topics=record["topics"]).splitlines()
     reach = f"changed: {explain_reach(record['reach'])}"
-    return [*notes, reach, *record["effect"]["warnings"], *record["effect"]["sentences"]]
+    rows = [line for topic, counts in record["data"].items() for line in explain_rows(topic, counts)]
+    return [*rows, *notes, reach, *record["effect"]["warnings"], *record["effect"]["sentences"]]
