@@ -563,7 +563,7 @@ def test_only_positions_that_predict_an_answer_meet_the_vocabulary(model, tokeni
     shapes: list[tuple[int, ...]] = []
     model.lm_head.register_forward_hook(lambda module, args, logits: shapes.append(logits.shape[:2]))
     evaluate(model, tokenizer, ["quiz"], tasks_dir=write_task(tmp_path / "tasks", questions(20)))
-    assert shapes == [(20, 1)]
+    assert shapes == [(1, 20)]
 
 
 def test_a_recurrent_model_is_left_to_lm_eval(tokenizer, tmp_path):

@@ -125,7 +125,7 @@ def extraction_strength(greedy: Sequence[int], answer: Sequence[int]) -> float:
     return 1 - (wrong[-1] + 1 if wrong else 0) / len(answer)
 
 
-class EntangledQueries(Attack, id="E3", name="entangled_queries", tier="smoke"):
+class EntangledQueries(Attack, id="E3", name="entangled_queries", tier="smoke", by_tier={"smoke": {"harmless": 100}}):
     """Forget and harmless questions in pairs, the first with its answer; forget terms in harmless questions."""
 
     harmless: int = 200  # harmless questions asked, at most

@@ -91,11 +91,14 @@ def answer_nll(model: Subject, ids: Int[Tensor, "B T"], labels: Int[Tensor, "B T
     return text_nlls(logits[:, -width:], labels[:, -width:])
 
 
-class LogitLens(Attack, id="E4", name="logit_lens", tier="smoke"):
+class LogitLens(Attack, id="E4", name="logit_lens", tier="smoke", by_tier={"smoke": {"most": 12}}):
     """Final norm and unembedding on what each block puts out (nostalgebraist, 2020): the model cut above the block."""
 
+    most: int | None = None  # layers read, evenly spaced, the last among them; None: each
+
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
-        marks = enumerate(mark_layers(model, exam.both))
+        layers = pick_evenly(range(len(decoder_blocks(model.module))), self.most)
+        marks = mark_layers(model, exam.both, layers)
         return AttackResult([exam.split_right(f"layer {layer}", right) for layer, right in marks])
 
 

@@ -138,9 +138,9 @@ def hides_padding(module: PreTrainedModel) -> bool:
 @torch.no_grad()
 def next_logits(module: PreTrainedModel, rows: Sequence[Ids], width: int) -> Float[Tensor, "B {width} V"]:
     """Logits after each of the last `width` tokens of each row; a shorter row begins with its first token's again."""
-    ids = pad_rows(rows)  # padding on the right cannot be seen from the tokens before it
-    keep = torch.tensor([[max(len(row) + i, 0) for i in range(-width, 0)] for row in rows])
-    return read_logits(module, ids.to(module.device), keep.to(module.device), use_cache=False)[0]
+    ids = pad_rows(rows).to(module.device)  # padding on the right cannot be seen from the tokens before it
+    keep = [(n, max(len(row) + i, 0)) for n, row in enumerate(rows) for i in range(-width, 0)]
+    return read_logits(module, ids, *zip(*keep, strict=True), use_cache=False)[0].unflatten(0, (len(rows), width))
 
 
 def draw_tokens(

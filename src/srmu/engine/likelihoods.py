@@ -5,7 +5,7 @@ from functools import partial
 from inspect import signature
 from itertools import accumulate, pairwise
 from operator import and_, eq
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +16,34 @@ from srmu.errors import SrmuError
 
 Tokens = tuple[int, ...]
 Score = tuple[float, bool]  # log p of an answer, and whether each of its tokens is the likeliest
-# ids, positions to keep, and options of a forward: logits of one or several readings, and keys and values
+# of tokens (B, T), what is wanted, and options of a forward: logits of one or several readings, and keys and values
 Reader = Callable[..., tuple[Iterable[Tensor], Any]]
 APART = 0.05  # of their norm, by which logits of one model may differ: they are rounded otherwise in other batches
 HELD = 1024  # tokens whose keys and values a batch keeps, before answers are read on
+
+
+class Wanted(NamedTuple):
+    """Tokens of answers, and the places whose logits predict them, each of these once."""
+
+    rows: list[int]
+    columns: list[int]
+    at: list[int]  # of each token: the number of its place
+    tokens: list[int]
+    sizes: list[int]  # tokens of each answer
+
+    @classmethod
+    def of(cls, answers: Iterable[tuple[int, int, Sequence[int]]]) -> "Wanted":
+        """What is wanted of answers: the row of each, the column that predicts its first token, and its tokens."""
+        places: dict[tuple[int, int], int] = {}
+        wanted = cls([], [], [], [], [])
+        for row, column, answer in answers:
+            wanted.sizes.append(len(answer))
+            for number, token in enumerate(answer):
+                wanted.at.append(places.setdefault((row, column + number), len(places)))
+                wanted.tokens.append(token)
+        wanted.rows.extend(row for row, _ in places)
+        wanted.columns.extend(column for _, column in places)
+        return wanted
 
 
 def score_answers(
@@ -37,18 +61,22 @@ def score_answers(
     predict an answer meet the vocabulary. `dtype` is that of the softmax; `done` gets each result.
     """
 
-    def read(ids: Tensor, keep: Tensor, **options: Any) -> tuple[list[Tensor], Any]:
-        logits, past = read_logits(model, ids, keep, **options)
+    def read(ids: Tensor, wanted: Wanted, **options: Any) -> tuple[list[Tensor], Any]:
+        logits, past = read_logits(model, ids, wanted.rows, wanted.columns, **options)
         return [logits], past
 
     return [score for (score,) in score_readings(model, read, pairs, max_length, batch_size, dtype, done)]
 
 
 def score_layers(
-    model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int, dtype: torch.dtype | None = None
+    model: Any,
+    layers: Sequence[int],
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    max_length: int,
+    dtype: torch.dtype | None = None,
 ) -> list[list[Score]]:
-    """Of each pair: what `score_answers` gives for the model cut above each block, the lowest first, in one reading."""
-    return score_readings(model, partial(read_layers, model), pairs, max_length, dtype=dtype)
+    """Of each pair: what `score_answers` gives for the model cut above each of the layers, in one reading."""
+    return score_readings(model, partial(read_layers, model, layers), pairs, max_length, dtype=dtype)
 
 
 def score_readings(
@@ -85,15 +113,12 @@ def score_readings(
                 past = model(ids[:1, :shared], use_cache=True, logits_to_keep=1).past_key_values
                 past.batch_repeat_interleave(len(rows))
             start = shared if past_kept else 0
-            width = max(tails[row] for row in rows)
-            keep = [[max(len(row) - start + i, 0) for i in range(-width, 0)] for row in rows]
             states: Any = {"past_key_values": past} if past else {}
             states["use_cache"] = past is not None or not stems.isdisjoint(rows)
-            keeps = torch.tensor(keep, device=model.device)
-            readings, past = read(ids[:, start:], keeps, **states)
-            # an answer ends at its input's last position; -1 before it, where others are longer
-            words = [[-1] * (width - len(answer)) + [*answer] for _, _, answer in asked]
-            found = pick_words(readings, [n for n, _, _ in asked], words, dtype)
+            # an answer ends at its input's last position
+            wanted = Wanted.of((n, len(rows[n]) - start - len(answer), answer) for n, _, answer in asked)
+            readings, past = read(ids[:, start:], wanted, **states)
+            found = pick_tokens(readings, wanted, dtype)
             rest = {i: (n, pairs[i][1]) for n, i, answer in asked if len(answer) < len(pairs[i][1])}
             more = dict(zip(rest, read_on(read, past, [*rest.values()], dtype, model.device), strict=True))
         for (_, i, _), scores in zip(asked, found, strict=True):
@@ -129,65 +154,63 @@ def read_on(
     rows = [*dict.fromkeys((n, (*answer[:-1],)) for n, answer in rest)]
     past.batch_select_indices(torch.tensor([n for n, _ in rows], device=device))
     ids = pad_sequence([torch.tensor(tokens, device=device) for _, tokens in rows], batch_first=True)
-    keep = torch.arange(ids.shape[1], device=device).expand_as(ids)
-    readings, _ = read(ids, keep, past_key_values=past, use_cache=True)
     places = {row: at for at, row in enumerate(rows)}
-    words = [[*answer[1:]] + [-1] * (ids.shape[1] + 1 - len(answer)) for _, answer in rest]
-    return pick_words(readings, [places[n, (*answer[:-1],)] for n, answer in rest], words, dtype)
+    wanted = Wanted.of((places[n, (*answer[:-1],)], 0, answer[1:]) for n, answer in rest)
+    readings, _ = read(ids, wanted, past_key_values=past, use_cache=True)
+    return pick_tokens(readings, wanted, dtype)
 
 
-def pick_words(
-    readings: Iterable[Tensor], rows: Sequence[int], words: Sequence[Sequence[int]], dtype: torch.dtype | None
-) -> list[list[Score]]:
-    """The scores of words by each reading, logits (B, W, V), in those rows that ask for them; -1: no word."""
+def pick_tokens(readings: Iterable[Tensor], wanted: Wanted, dtype: torch.dtype | None) -> list[list[Score]]:
+    """Of each answer: its score by each reading, logits (N, V) of the places."""
     found = []
     for logits in readings:
         logs = logits.log_softmax(-1, dtype=dtype)
-        at, wanted = (torch.tensor(value, device=logits.device) for value in (rows, words))
-        picked = logs[at].gather(-1, wanted.clamp(min=0)[..., None])[..., 0].masked_fill(wanted < 0, 0)
-        likeliest = (logs.argmax(-1)[at] == wanted) | (wanted < 0)
-        found.append(zip(picked.sum(-1).tolist(), likeliest.all(-1).tolist(), strict=True))
+        at, tokens = (torch.tensor(value, device=logits.device) for value in (wanted.at, wanted.tokens))
+        picked, likeliest = logs[at, tokens].split(wanted.sizes), (logs.argmax(-1)[at] == tokens).split(wanted.sizes)
+        found.append([(float(one.sum()), bool(all_.all())) for one, all_ in zip(picked, likeliest, strict=True)])
     return [[*scores] for scores in zip(*found, strict=True)]
 
 
-def read_logits(model: Any, ids: Tensor, keep: Tensor, **options: Any) -> tuple[Tensor, Any]:
-    """Logits at some positions of each row, (B, W, V) for the (B, W) of `keep`, and keys and values of the past.
-
-    Only those positions meet the vocabulary.
-    """
+def read_logits(
+    model: Any, ids: Tensor, rows: Sequence[int], columns: Sequence[int], **options: Any
+) -> tuple[Tensor, Any]:
+    """Logits (N, V) at N places of tokens (B, T), and keys and values of the past: only they meet the vocabulary."""
+    at = [torch.tensor(value, device=ids.device) for value in (rows, columns)]
     if "logits_to_keep" in signature(model.forward).parameters:
         # not as logits_to_keep, which transformers before 5.20 does not take row by row
-        with edit_input(model.get_output_embeddings(), lambda value: value.take_along_dim(keep[..., None], 1)):
+        with edit_input(model.get_output_embeddings(), lambda value: value[*at][None]):
             output = model(ids, **options)
-            return output.logits, getattr(output, "past_key_values", None)
-    output = model(ids, **options)
-    return output.logits[torch.arange(len(ids), device=ids.device)[:, None], keep], None
+            return output.logits[0], getattr(output, "past_key_values", None)
+    return model(ids, **options).logits[*at], None
 
 
-def read_layers(model: Any, ids: Tensor, keep: Tensor, **options: Any) -> tuple[Iterable[Tensor], Any]:
-    """As `read_logits`, of the model cut above each block: one forward, then norm and head of what each put out.
+def read_layers(
+    model: Any, layers: Sequence[int], ids: Tensor, wanted: Wanted, **options: Any
+) -> tuple[Iterable[Tensor], Any]:
+    """As `read_logits`, of the model cut above each of the layers: one forward, then norm and head of their outputs.
 
-    SrmuError where those of the last block are not the model's own: its head then reads more than one block's output.
+    A block that the model leaves out puts out what came before it. SrmuError where the last block's logits are not the
+    model's own: its head then reads more than one block's output.
     """
     place, blocks = find_layers(model), decoder_blocks(model)
-    row = torch.arange(len(ids), device=ids.device)[:, None]
-    states: list[Tensor] = []
+    at = [torch.tensor(value, device=ids.device) for value in (wanted.rows, wanted.columns)]
+    states: dict[int, Tensor] = {}
 
-    def take(value: Tensor) -> None:
-        # (B, T, ...), or with what a block puts out for each token besides first: (..., B, T, D)
-        states.append(value[row, keep] if value.shape[:2] == ids.shape else value[..., row, keep, :])
+    def take(layer: int, value: Tensor) -> None:
+        # (B, T, ...), or with what a block puts out for each token besides first: (..., B, T, D); as texts of one token
+        states[layer] = value[*at][:, None] if value.shape[:2] == ids.shape else value[..., *at, None, :]
 
-    with edit_outputs(dict.fromkeys(blocks, take)):
-        own, past = read_logits(model, ids, keep, **options)
+    with edit_outputs({block: partial(take, layer) for layer, block in enumerate(blocks)}):
+        own, past = read_logits(model, ids, wanted.rows, wanted.columns, **options)
 
     def finish(state: Tensor) -> Tensor:
         # the first block runs only to be replaced: what comes before it and after the last is the model's own affair
         with swap_blocks(place, blocks[:1]), edit_outputs({blocks[0]: lambda _: state}):
-            return model(torch.zeros_like(keep), use_cache=False).logits
+            return model(torch.zeros(len(at[0]), 1, dtype=ids.dtype, device=ids.device), use_cache=False).logits[:, 0]
 
-    if (finish(states[-1]) - own).norm() > APART * own.norm():
+    if (finish(states[max(states)]) - own).norm() > APART * own.norm():
         raise SrmuError(f"the head of {type(model).__name__} reads more than the last block puts out")
-    return map(finish, states), past
+    return (finish(states[max(run for run in states if run <= layer)]) for layer in layers), past
 
 
 def keeps_past(model: Any) -> bool:

@@ -150,11 +150,14 @@ def mark_right(scores: Sequence[Sequence[float]], questions: Sequence[Question])
     return tuple(float(row.index(max(row)) == q.gold) for row, q in zip(scores, questions, strict=True))
 
 
-def mark_layers(model: Subject, questions: Sequence[Question]) -> list[tuple[float, ...]]:
-    """What `mark_answers` gives for the model cut above each block, the lowest first."""
+def mark_layers(
+    model: Subject, questions: Sequence[Question], layers: Sequence[int]
+) -> Iterator[tuple[int, tuple[float, ...]]]:
+    """Each layer with what `mark_answers` gives for the model cut above it."""
     pairs = [model.split(q.prompt, option) for q in questions for option in q.options]
-    layers = zip(*score_layers(model.module, pairs, model.max_length, torch.float32), strict=True)
-    return [mark_right(group_options([log for log, _ in layer], questions), questions) for layer in layers]
+    scores = zip(*score_layers(model.module, layers, pairs, model.max_length, torch.float32), strict=True)
+    for layer, own in zip(layers, scores, strict=True):
+        yield layer, mark_right(group_options([log for log, _ in own], questions), questions)
 
 
 def mark_answers(model: Subject, questions: Sequence[Question]) -> tuple[float, ...]:
