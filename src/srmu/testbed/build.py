@@ -80,6 +80,7 @@ def measure_overlap(corpora: Mapping[str, list[str]]) -> dict[str, float]:
         f"{name}/{gram}": measure_jaccard(corpora["forget"], corpora[name], n)
         for name in ("retain-low", "retain-high")
         for n, gram in ((1, "unigram"), (2, "bigram"))
+        if name in corpora
     }
 
 
@@ -101,7 +102,9 @@ def write_tasks(world: World, folder: Path) -> None:
             name = f"organism_{task}{'_val' if half == 'val' else ''}"
             is_open = task.endswith("_open")
             # an open answer is asked for in the first phrasing only: generating takes long
-            asked = (fact.questions()[: 1 if is_open else None] for fact in facts if fact.half == half)
+            asked = [fact.questions()[: 1 if is_open else None] for fact in facts if fact.half == half]
+            if not asked:
+                continue
             write_rows(folder / f"{name}.jsonl", [row for rows in asked for row in rows])
             text = fill_template("task_open" if is_open else "task", name=name, prompt=prompt)
             write_whole(folder / f"{name}.yaml", text)
