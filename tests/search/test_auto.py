@@ -227,7 +227,7 @@ def test_the_plan_comes_first_and_writes_nothing(inside: None, call: Call, place
     assert plan["seconds"] == pytest.approx(sum(step["seconds"] for step in plan["steps"]))
     lines = "\n".join(auto.explain_search(plan))
     assert "2 runs of 20 steps" in lines
-    assert "27 runs, about" in lines  # 24 trials, 2 layers, the defaults
+    assert "15 runs, about" in lines  # 12 trials, 2 layers, the defaults
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ COLUMNS = ["subject", "relation", "question", "answer", "kind"]
 
 @pytest.fixture(autouse=True)
 def small(tmp_path, monkeypatch):
-    """Few texts, a cache of its own, and a model that knows two facts of three and fails one of six in each phrasing."""
+    """Few texts, a cache of its own, and a model that knows two facts of three and fails one of six both ways."""
     monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "cache"))
     for name, value in {"DOCUMENTS": 8, "WRITTEN": 4, "SAMPLED": 12, "LENGTHS": (30, 60)}.items():
         monkeypatch.setattr(known, name, value)

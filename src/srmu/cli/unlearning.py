@@ -103,7 +103,7 @@ def auto_command(
     robust: Annotated[bool, Option("--robust", help="rename_scrub: resists relearning.")] = False,
     names: Annotated[str, Option(help="robust: file of names to swap, one a line.")] = "",
     goals: Annotated[str, Option(help="robust: file of phrases to forget all of.")] = "",
-    trials: Annotated[int, Option(min=1, help="Strengths to try; robust: up to 3.")] = 24,
+    trials: Annotated[int, Option(min=1, help="Strengths to try; robust: up to 3.")] = 12,
     out: Annotated[Path, Option(help="Folder for all of it.")] = Path("auto"),
     seed: int = 0,
     device: options.Device = "auto",

@@ -42,7 +42,7 @@ FILE = "auto.json"
 MODEL = "model"  # the exported checkpoint
 PAGE = "report.html"
 TESTBED = ("organism_hazard",), ("organism_neighbour", "organism_general")
-PASSES: dict[Tier, int] = {"smoke": 40, "standard": 320}  # of a model over the questions, attacked
+PASSES: dict[Tier, int] = {"smoke": 18, "standard": 320}  # of a model over the questions, attacked
 Tell = Callable[[str, str], None]
 Answer = dict[str, Any]  # the content of `auto.json`
 

@@ -190,7 +190,7 @@ class AutoRequest:
     robust: bool = False  # rename_scrub in place of a method with a layer
     names: str = ""  # a file of the names to swap; "": those found
     goals: str = ""  # a file of phrases about which all is to be forgotten
-    trials: int = 24
+    trials: int = 12
     out: Path = Path("auto")
     seed: int = 0
     device: str = "auto"
