@@ -16,6 +16,7 @@ KINDS = {
     "suites": "suites",
     "hashes": "hashes",
     "models from GGUF": "gguf",
+    "merged adapters": "adapters",
     "what models know": "atlas",
     "answers of the demo": "asked",
 }

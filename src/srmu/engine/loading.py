@@ -15,11 +15,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel, logging
 
+from srmu.engine.converted import ADAPTER
 from srmu.engine.devices import computes_bf16
 from srmu.engine.weights import in_layer, is_there, layer_number, stored_entries, stored_types
 from srmu.errors import SrmuError, first_line
-
-ADAPTER = "adapter_config.json"
 
 
 def read_config(folder: Path) -> Any:

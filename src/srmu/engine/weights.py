@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from srmu.engine.activation_cache import flat_bytes
+from srmu.engine.converted import ADAPTER, convert_gguf, merge_adapter
 from srmu.engine.files import read_json, require_space, require_utf8, sha256, whole_folder, write_whole
-from srmu.engine.gguf import convert_gguf
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError, first_line
 
@@ -37,12 +37,14 @@ Places = Mapping[str, Sequence[str]]  # the checkpoint's names of each parameter
 
 
 def locate_model(model: str, revision: str | None = None) -> Path:
-    """The folder of a model: a local one, that of a GGUF file, or the cached snapshot of a hub id."""
+    """The folder of a model: a local one, that of a GGUF file or an adapter, or the cached snapshot of a hub id."""
     folder = Path(model).expanduser()
     gguf = folder.suffix == ".gguf" and folder.is_file()
     if gguf or folder.is_dir():
         if revision:
             raise SrmuError(f"revision does not apply to the local {'file' if gguf else 'folder'} {folder}")
+        if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
+            return merge_adapter(folder, locate_model)
         return convert_gguf(folder) if gguf else require_utf8(folder)
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise SrmuError(f"model {model}: no such folder, and not a hub id like owner/name")

@@ -17,9 +17,9 @@ from yaml import YAMLError
 
 from srmu.engine import weights
 from srmu.engine.activation_cache import flat_bytes
+from srmu.engine.converted import read_source
 from srmu.engine.devices import name_gpu
 from srmu.engine.files import cached, read_json, sha256, write_json
-from srmu.engine.gguf import read_source
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError, first_line
 
@@ -132,7 +132,7 @@ def describe_base(model: str, revision: str | None, folder: Path, watch: Watch) 
         "dtype": ", ".join(sorted(types)),
         "tokenizer": sha256(*(files[name]["sha256"].encode() for name in sorted(words))),
         "files": files,
-        **({"gguf": source} if (source := read_source(folder)) else {}),
+        **read_source(folder),
     }
 
 

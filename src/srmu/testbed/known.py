@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from srmu.engine import gguf
+from srmu.engine import converted
 from srmu.engine.files import cached, require_space, sha256, whole_folder, write_json, write_whole
 from srmu.engine.generate import sample_continuations
 from srmu.engine.likelihoods import score_answers, split_answers
@@ -272,5 +272,5 @@ def copy_model(base: Path, folder: Path) -> None:
         except OSError:
             require_space(place, path.stat().st_size)
             shutil.copyfile(path, place / path.name)
-    if source := gguf.read_source(base):
-        write_json(folder / gguf.SOURCE, source)
+    if source := converted.read_source(base):
+        write_json(folder / converted.SOURCE, source)

@@ -1,4 +1,4 @@
-"""GGUF files, written here: what is dequantised is what was stored, once, and the record says where it came from."""
+"""GGUF files and adapters, written here: made ordinary models once, and the record says where they came from."""
 
 import importlib.util
 import json
@@ -7,13 +7,14 @@ from typing import Any
 
 import gguf
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
 
-from helpers.models import Call, texts, write_jsonl
-from srmu.engine import gguf as reader
-from srmu.engine.weights import locate_model
+from helpers.models import Call, save_pico, texts, write_jsonl
+from srmu.engine import converted as reader
+from srmu.engine.weights import locate_model, stored_types
 from srmu.errors import SrmuError
 from srmu.runs.config import make_config
 from srmu.runs.run import Run, unlearn_config
@@ -112,7 +113,7 @@ def test_what_is_read_is_what_was_stored(arch: str, kind: Any, tmp_path: Path) -
     assert found.keys() == expected.keys() and module.dtype == torch.bfloat16
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
-    assert (reader.read_source(folder) or {})["quantisation"] == ("F32" if kind is None else "Q8_0")
+    assert reader.read_source(folder)["gguf"]["quantisation"] == ("F32" if kind is None else "Q8_0")
 
 
 def test_a_file_is_dequantised_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,4 +159,74 @@ def test_what_is_no_gguf_file(tmp_path: Path, call: Call, monkeypatch: pytest.Mo
     monkeypatch.setattr(reader, "find_spec", lambda name: None if name == "gguf" else importlib.util.find_spec(name))
     with pytest.raises(SrmuError, match="pip install gguf"):
         locate_model(str(tmp_path / "m.gguf"))
+    assert not list((tmp_path / "cache").rglob("model.safetensors"))
+
+
+# --- adapters
+
+
+def save_adapter(folder: Path, base: Path, named: str, **settings: Any) -> Any:
+    """A LoRA adapter of random weights for the down-projections of a base, which it names so; the module with both."""
+    module = transformers.AutoModelForCausalLM.from_pretrained(base)
+    both = peft.get_peft_model(module, peft.LoraConfig(r=4, target_modules=["down_proj"], **settings))
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        for name, parameter in both.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+    both.peft_config["default"].base_model_name_or_path = named
+    both.save_pretrained(str(folder))
+    return both.eval()
+
+
+def test_an_adapter_is_merged_with_its_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once, into a folder of the base's names, dtype and tokenizer, whose logits are those of both."""
+    base = save_pico(tmp_path / "base")
+    both = save_adapter(tmp_path / "adapter", base, str(base))
+    folder = locate_model(str(tmp_path / "adapter"))
+    assert "merging adapter" in capsys.readouterr().err
+    module = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.tensor([[1, 5, 6, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(module(ids).logits, both(ids).logits)
+    assert {*stored_types(folder).items()} == {*stored_types(base).items()}
+    assert transformers.AutoTokenizer.from_pretrained(folder)("w1 w2")["input_ids"] == [1, 5, 6]
+    assert locate_model(str(tmp_path / "adapter")) == folder
+    assert "merging" not in capsys.readouterr().err
+
+
+def test_a_run_on_an_adapter(tmp_path: Path) -> None:
+    """The base is found beside the adapter; the record names both."""
+    save_adapter(tmp_path / "adapter", save_pico(tmp_path / "base"), "../base")
+    for seed, role in enumerate(("forget", "retain")):
+        write_jsonl(tmp_path / f"{role}.jsonl", texts(8, seed=seed))
+    files = (str(tmp_path / "forget.jsonl"), str(tmp_path / "retain.jsonl"))
+    given = ["method.layer=2", "train.max_steps=2", f"runs_dir={tmp_path / 'runs'}"]
+    run = unlearn_config(make_config(str(tmp_path / "adapter"), *files, "srmu", given))
+    source = run.record["base"]["adapter"]
+    assert source["base"] == "../base" and source["file"] == "adapter" and len(source["sha256"]) == 64
+    assert verify_folder(run.folder)["tensors"] > 0
+
+
+def test_what_is_no_adapter_to_merge(tmp_path: Path) -> None:
+    """One line each, and nothing is left in the cache."""
+    base = save_pico(tmp_path / "base")
+    place = tmp_path / "adapter"
+    save_adapter(place, base, "../nowhere")
+    with pytest.raises(
+        SrmuError, match=r"the base of adapter .* is not found: model ../nowhere: no such folder"
+    ):
+        locate_model(str(place))
+    save_adapter(place, base, "")
+    with pytest.raises(SrmuError, match="names no base_model_name_or_path"):
+        locate_model(str(place))
+    save_adapter(place, base, str(base))
+    other = save_pico(tmp_path / "other", "gpt2")
+    settings = json.loads((place / "adapter_config.json").read_text())
+    (place / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(other)}))
+    with pytest.raises(SrmuError, match=r"adapter .* cannot be merged with .*other"):
+        locate_model(str(place))
+    (place / "adapter_model.safetensors").rename(place / "adapter_model.bin")
+    with pytest.raises(SrmuError, match=r"has no adapter_model\.safetensors; save it again"):
+        locate_model(str(place))
     assert not list((tmp_path / "cache").rglob("model.safetensors"))

@@ -1,0 +1,135 @@
+"""Models in GGUF files, and adapters of others: made an ordinary folder in the cache, once, by their libraries."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from srmu.engine.files import cache_dir, cached, format_gb, read_json, require_space, sha256, whole_folder, write_json
+from srmu.engine.progress import print_line
+from srmu.errors import SrmuError, first_line
+
+SOURCE = "source.json"  # beside the folder of a model: what it was made from
+ADAPTER, ADAPTED = "adapter_config.json", "adapter_model.safetensors"
+
+
+def convert_gguf(path: Path) -> Path:
+    """The folder of the model in a GGUF file, in bfloat16; SrmuError where transformers cannot dequantise it."""
+    place = cache_dir() / "gguf" / hash_file(path)
+    if not (place / "model").is_dir():
+        dequantise(path, place)
+    return place / "model"
+
+
+def hash_file(path: Path) -> str:
+    """The SHA-256 of a file; one that stays as it is is not read again."""
+    stat = path.stat()
+    found: str = cached("hashes", [str(path.resolve()), stat.st_size, stat.st_mtime_ns], partial(sha256, path))
+    return found
+
+
+def merge_adapter(folder: Path, locate: Callable[[str, str | None], Path]) -> Path:
+    """The folder of an adapter's base with the adapter in its weights; `locate` finds the base.
+
+    SrmuError where the base is not found, or peft cannot put the adapter into it.
+    """
+    settings = read_json(folder / ADAPTER)
+    named = settings.get("base_model_name_or_path")
+    if not (folder / ADAPTED).is_file():
+        raise SrmuError(f"adapter {folder} has no {ADAPTED}; save it again with peft's save_pretrained")
+    if not named:
+        raise SrmuError(f"{folder / ADAPTER} names no base_model_name_or_path; write there which model it adapts")
+    beside = folder / named
+    try:
+        base = locate(str(beside if beside.is_dir() else named), settings.get("revision"))
+    except SrmuError as error:
+        raise SrmuError(f"the base of adapter {folder} is not found: {error}") from error
+    digests = [hash_file(path) for path in (folder / ADAPTED, folder / ADAPTER)]
+    held = sorted(path for path in base.iterdir() if path.suffix in (".safetensors", ".json"))
+    place = cache_dir() / "adapters" / sha256(*(part.encode() for part in [*digests, *map(hash_file, held)]))
+    if not (place / "model").is_dir():
+        merge(folder, base, place, {"file": folder.name, "sha256": digests[0], "base": str(named)})
+    return place / "model"
+
+
+def merge(folder: Path, base: Path, place: Path, source: dict[str, Any]) -> None:
+    """Write the base with an adapter in its weights to `place/model`."""
+    from peft import PeftModel
+
+    size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    require_space(place, size)
+    print_line(f"merging adapter {folder} with its base {source['base']}, once, to {format_gb(size)} in {place}")
+    try:
+        given: dict[str, Any] = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}
+        module: Any = AutoModelForCausalLM.from_pretrained(base, **given)
+        module = PeftModel.from_pretrained(module, str(folder)).merge_and_unload()
+        words = folder if any(folder.glob("tokenizer*")) else base
+        tokenizer = AutoTokenizer.from_pretrained(words, trust_remote_code=False)
+    except Exception as error:  # transformers and peft raise many kinds
+        raise SrmuError(f"adapter {folder} cannot be merged with {base}: {first_line(error)}") from error
+    keep_folder(module, tokenizer, place, {"adapter": source})
+
+
+def dequantise(path: Path, place: Path) -> None:
+    """Dequantise a GGUF file into `place/model`, and write beside it what the file is."""
+    if find_spec("gguf") is None:
+        raise SrmuError(f"{path}: to read GGUF files takes a library: pip install gguf (or srmu[real])")
+    source = describe_gguf(path, place.name)
+    require_space(place, 2 * source["parameters"])
+    size = f"{format_gb(path.stat().st_size)}, {source['quantisation']}"
+    print_line(f"dequantising {path} ({size}), once, to {format_gb(2 * source['parameters'])} in {place}")
+    try:
+        given: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **given)
+        if hasattr(transformers, "GgufConfig"):  # before it there was no other way than to dequantise
+            given["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        module = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.bfloat16, **given)
+    except Exception as error:  # transformers and gguf raise many kinds
+        advice = "name its safetensors checkpoint instead"
+        raise SrmuError(f"{path} cannot be dequantised: {first_line(error)}; {advice}") from error
+    settings = module.config.to_dict()
+    settings.pop("quantization_config", None)
+    with torch.device("meta"):
+        plain = type(module)(type(module.config)(**settings))  # not marked as quantised, which cannot be saved
+    plain.load_state_dict(module.state_dict(), assign=True)
+    plain.tie_weights()
+    keep_folder(plain, tokenizer, place, {"gguf": source})
+
+
+def keep_folder(module: Any, tokenizer: Any, place: Path, source: Mapping[str, Any]) -> None:
+    """Write a model to `place/model`, whole or not at all, and beside it what it was made from."""
+    place.mkdir(parents=True, exist_ok=True)
+    write_json(place / SOURCE, source)
+    try:
+        with whole_folder(place / "model") as scratch:
+            module.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+    except OSError:
+        if not (place / "model").is_dir():  # else another process was first
+            raise
+
+
+def describe_gguf(path: Path, digest: str) -> dict[str, Any]:
+    """Name, digest, size and commonest quantisation of a GGUF file; SrmuError where it is not one."""
+    from gguf import GGUFReader
+
+    try:
+        tensors = GGUFReader(path).tensors
+    except (ValueError, OSError, KeyError, IndexError) as error:
+        raise SrmuError(f"{path} is not a GGUF file: {first_line(error)}") from error
+    kinds: Counter[str] = Counter()
+    for tensor in tensors:
+        kinds[tensor.tensor_type.name] += int(tensor.n_elements)
+    quantisation = kinds.most_common(1)[0][0] if kinds else "none"
+    return {"file": path.name, "sha256": digest, "parameters": kinds.total(), "quantisation": quantisation}
+
+
+def read_source(folder: Path) -> dict[str, Any]:
+    """What a model's folder was made from, a GGUF file or an adapter; empty where it is as it came."""
+    return read_json(folder.parent / SOURCE, {}) if folder.name == "model" else {}
