@@ -213,9 +213,7 @@ def test_what_is_no_adapter_to_merge(tmp_path: Path) -> None:
     base = save_pico(tmp_path / "base")
     place = tmp_path / "adapter"
     save_adapter(place, base, "../nowhere")
-    with pytest.raises(
-        SrmuError, match=r"the base of adapter .* is not found: model ../nowhere: no such folder"
-    ):
+    with pytest.raises(SrmuError, match=r"the base of adapter .* is not found: model ../nowhere: no such folder"):
         locate_model(str(place))
     save_adapter(place, base, "")
     with pytest.raises(SrmuError, match="names no base_model_name_or_path"):

@@ -13,6 +13,7 @@ from srmu.errors import SrmuError
 
 if TYPE_CHECKING:
     from srmu.runs.config import Config
+    from srmu.runs.run import Run
     from srmu.search.auto import AutoRequest
 
 verbs = typer.Typer()
@@ -183,14 +184,40 @@ def export_command(
     out: Annotated[Path, Argument(help="Folder to write.")],
     link: Annotated[bool | None, Option("--link/--copy", help="Share files that stay, or copy.")] = None,
     last_good: Annotated[bool, Option("--last-good", help="Of a run that diverged: the last good weights.")] = False,
+    adapter: Annotated[bool, Option("--adapter", help="Only the change, as a LoRA adapter for peft.")] = False,
+    error: Annotated[float | None, Option(help="adapter: the share of the change to lose (0.05).")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Write a run's full model, which plain transformers loads."""
+    """Write a run's full model, which plain transformers loads, or its change as an adapter."""
     from srmu.runs.run import Run
 
     opened = Run.open(run)
+    if adapter:
+        if link is not None or last_good:
+            raise SrmuError("--adapter goes without --link, --copy and --last-good")
+        print_adapter(opened, out, 0.05 if error is None else error, as_json)
+        return
+    if error is not None:
+        raise SrmuError("--error goes with --adapter")
     opened.export(out, link, show_progress, last_good=last_good)
     changed = list(opened.delta)
     lines = [f"{len(changed)} tensors changed: {', '.join(changed)}", f"wrote {out}, with its model card and record"]
     lines.append(f"{output.next_command('verify', out)}, then AutoModelForCausalLM.from_pretrained({str(out)!r})")
     output.print_result({"out": str(out), "changed": changed}, as_json, *lines)
+
+
+def print_adapter(run: "Run", out: Path, error: float, as_json: bool) -> None:
+    """Write a run's change as an adapter, and say how near it comes."""
+    from srmu.runs.adapter import export_adapter
+
+    found = export_adapter(run, out, error)
+    rows = [
+        {"module": name, "rank": str(part["rank"]), "left out": f"{part['error']:.1%} of the change"}
+        for name, part in found["modules"].items()
+    ]
+    lines = [
+        f"{found['numbers']:,} numbers; with it, logits differ from the run's by {found['logits']:.2%} of their norm",
+        f"wrote {out}, which goes with {run.config.model}",
+        f"next: PeftModel.from_pretrained(base, {str(out)!r}), or a server that takes adapters",
+    ]
+    output.print_result({"out": str(out), **found}, as_json, *lines, table=rows)

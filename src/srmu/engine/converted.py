@@ -6,6 +6,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings
 
 import torch
 import transformers
@@ -60,20 +61,26 @@ def merge_adapter(folder: Path, locate: Callable[[str, str | None], Path]) -> Pa
 
 def merge(folder: Path, base: Path, place: Path, source: dict[str, Any]) -> None:
     """Write the base with an adapter in its weights to `place/model`."""
-    from peft import PeftModel
-
     size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     require_space(place, size)
     print_line(f"merging adapter {folder} with its base {source['base']}, once, to {format_gb(size)} in {place}")
     try:
         given: dict[str, Any] = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}
         module: Any = AutoModelForCausalLM.from_pretrained(base, **given)
-        module = PeftModel.from_pretrained(module, str(folder)).merge_and_unload()
+        module = put_adapter(module, folder).merge_and_unload()
         words = folder if any(folder.glob("tokenizer*")) else base
         tokenizer = AutoTokenizer.from_pretrained(words, trust_remote_code=False)
     except Exception as error:  # transformers and peft raise many kinds
         raise SrmuError(f"adapter {folder} cannot be merged with {base}: {first_line(error)}") from error
     keep_folder(module, tokenizer, place, {"adapter": source})
+
+
+def put_adapter(module: Any, folder: Path) -> Any:
+    """A model with an adapter beside its weights, as peft loads it."""
+    from peft import PeftModel
+
+    with catch_warnings(action="ignore"):  # of what peft asks transformers, which will change
+        return PeftModel.from_pretrained(module, str(folder)).eval()
 
 
 def dequantise(path: Path, place: Path) -> None:

@@ -1,0 +1,120 @@
+"""A run's change as a LoRA adapter, to be served beside its base and switched off again."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from srmu.engine import weights
+from srmu.engine.converted import ADAPTED, put_adapter
+from srmu.engine.files import format_json, whole_folder, write_whole
+from srmu.engine.loading import build_skeleton, load_pretrained, read_config, sample_logits
+from srmu.engine.sites import is_linear
+from srmu.errors import SrmuError
+from srmu.runs import record as audit
+from srmu.runs.record import RECORD
+from srmu.runs.run import Run, open_target
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Two matrices whose product is nearly the change of a linear map's weights."""
+
+    up: Float[Tensor, "O r"]
+    down: Float[Tensor, "r I"]
+    error: float  # norm of what is left out, over that of the change
+
+    @property
+    def rank(self) -> int:
+        return len(self.down)
+
+
+def export_adapter(run: Run, out: Path, error: float) -> dict[str, Any]:
+    """Write the adapter to `out`: of each matrix the lowest rank that leaves out at most `error` of the change's norm.
+
+    Returns its ranks and errors by module, and by how much of their norm the logits of base and adapter differ from the
+    run's. SrmuError for a change that no adapter holds.
+    """
+    if reason := run.config.method.no_checkpoint:
+        raise SrmuError(reason)
+    if not 0 < error < 1:
+        raise SrmuError(f"--error {error:g} is outside 0-1: it is the share of the change that may be lost")
+    parts = {name: factor_change(change, error) for name, change in read_changes(run).items()}
+    if not parts:
+        raise SrmuError(f"{run.folder} changed nothing; there is no adapter to write")
+    with whole_folder(out) as folder:
+        write_adapter(run, parts, folder)
+        apart = compare_logits(run, folder)
+        record = audit.seal_record(audit.read_record(run.folder / RECORD))
+        write_whole(folder / weights.EXPORTED, format_json(record))
+    return {
+        "modules": {name: {"rank": part.rank, "error": part.error} for name, part in parts.items()},
+        "numbers": sum(part.up.numel() + part.down.numel() for part in parts.values()),
+        "logits": apart,
+    }
+
+
+def read_changes(run: Run) -> dict[str, Float[Tensor, "O I"]]:
+    """What a run added to the weights of each linear map that it changed, by the module's name."""
+    modules = dict(build_skeleton(read_config(run.base)).named_modules())
+    where, changes = weights.list_shards(run.base), {}
+    for name, after in run.delta.items():
+        module, last = name.rpartition(".")[::2]
+        owner: nn.Module | None = modules.get(module)
+        if last != "weight" or owner is None or not is_linear(owner) or after.ndim != 2:
+            raise SrmuError(f"an adapter holds changes of linear maps, and {name} is none: export the whole model")
+        change = after.float() - weights.stored_tensor(where[name], name).float()
+        changes[module] = change.T if isinstance(owner, Conv1D) else change
+    return changes
+
+
+def factor_change(change: Float[Tensor, "O I"], error: float) -> Factors:
+    """The truncated singular value decomposition of a change, which leaves out least (Eckart and Young, 1936)."""
+    left, sizes, right = torch.linalg.svd(change, full_matrices=False)
+    # of each rank from 0: the norm of the singular values that are left out
+    rest = torch.cat([sizes.square().flip(0).cumsum(0).flip(0), sizes.new_zeros(1)]).sqrt() / sizes.norm()
+    rank = max(1, int((rest > error).sum()))
+    half = sizes[:rank].sqrt()
+    return Factors((left[:, :rank] * half).contiguous(), (half[:, None] * right[:rank]).contiguous(), float(rest[rank]))
+
+
+def write_adapter(run: Run, parts: dict[str, Factors], folder: Path) -> None:
+    """The files that peft reads; an adapter's scale is alpha over rank, here 1."""
+    from peft import LoraConfig
+
+    ranks = {name: part.rank for name, part in parts.items()}
+    modules = dict(build_skeleton(read_config(run.base)).named_modules())
+    settings = LoraConfig(
+        r=max(ranks.values()),
+        lora_alpha=max(ranks.values()),
+        rank_pattern=ranks,
+        alpha_pattern=ranks,
+        target_modules=[*parts],
+        fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in parts),
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        base_model_name_or_path=run.config.model,
+        revision=run.config.revision,
+    )
+    settings.save_pretrained(str(folder))
+    tensors = {}
+    for name, part in parts.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = part.down
+        tensors[f"base_model.model.{name}.lora_B.weight"] = part.up
+    save_file(tensors, folder / ADAPTED, {"format": "pt"})
+
+
+def compare_logits(run: Run, folder: Path) -> float:
+    """How far logits of the base with the adapter, as peft loads them, are from the run's: a share of their norm."""
+    opened = open_target(run, "cpu")
+    with opened.after() as module:
+        expected = sample_logits(module)
+    options = {} if opened.dtype == "auto" else {"dtype": opened.dtype}
+    del module, opened  # two models at once may not fit into memory
+    got = sample_logits(put_adapter(load_pretrained(run.base, **options), folder))
+    return float((got - expected).norm() / expected.norm())
