@@ -86,7 +86,7 @@ def build_known(
         copy_model(original.base, folder)
         for name, texts in corpora.items():
             write_rows(folder / f"{name}.jsonl", [{"text": text} for text in texts])
-        write_whole(folder / "names.txt", "".join(f"{name}\n" for name in list_names(facts)))
+        write_whole(folder / "names.txt", "".join(f"{name}\n" for name in choose_names(facts)))
         write_tasks(World((*facts,), (), "atlas"), folder / "tasks")
         write_rows(folder / "tasks" / "organism_writing.jsonl", [{"text": text} for text in written[:WRITTEN]])
         text = fill_template("task_writing", name="organism_writing")
@@ -104,7 +104,7 @@ def build_known(
     return whole
 
 
-def list_names(facts: Sequence[RealFact]) -> list[str]:
+def choose_names(facts: Sequence[RealFact]) -> list[str]:
     """The subjects of the facts to forget; of a region's those of its cities, which methods may swap for each other."""
     hazard = [fact for fact in facts if fact.relation.kind == "hazard"]
     cities = [fact for fact in hazard if fact.relation.name == "city"]
