@@ -173,5 +173,5 @@ def test_the_command(tmp_path, monkeypatch, call):
     assert done.code == 0, done.err
     assert "of 40 facts are known, right in two phrasings" in done.out
     assert done.out.rstrip().endswith("next: srmu unlearn out/high.yaml")
-    refused = call("testbed", "other", "--facts", "facts.csv")
-    assert refused.code == 2 and "--facts goes with --model" in refused.err
+    refused = call("testbed", "other", "--facts", "facts.csv", "--world", "atlas")
+    assert refused.code == 2 and "--facts goes without --world" in refused.err

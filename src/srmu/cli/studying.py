@@ -85,7 +85,7 @@ def testbed_command(
         float | None, Option(min=0, max=1, help="What forget and retain-high texts share, 0 to 1 (0.5; atlas: 1).")
     ] = None,
     oracle: Annotated[bool, Option("--with-oracle", help="Also a twin that never saw the hazard facts.")] = False,
-    model: Annotated[str, Option(help="atlas, --facts: the real model (atlas: SmolLM2).")] = "",
+    model: Annotated[str, Option(help="atlas, --facts: the real model (SmolLM2, if it is installed).")] = "",
     facts: Annotated[
         Path | None, Option(help="Your own: a table of subject, relation or question, answer, kind.")
     ] = None,
@@ -97,8 +97,8 @@ def testbed_command(
 
     own = {"model": model, "region": region}
     if facts:
-        if world != "closed" or region or oracle or not model:
-            raise SrmuError("--facts goes with --model, and without --world, --region and --with-oracle")
+        if world != "closed" or region or oracle:
+            raise SrmuError("--facts goes without --world, --region and --with-oracle")
         build_own_testbed(out, facts, model, seed, 1.0 if entanglement is None else entanglement, as_json)
         return
     if world == "atlas":

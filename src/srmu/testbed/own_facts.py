@@ -13,7 +13,7 @@ from srmu.engine.files import require_free
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.weights import locate_model
 from srmu.errors import SrmuError, suggest_word
-from srmu.testbed.known import OriginalModel, build_known
+from srmu.testbed.known import OriginalModel, build_known, find_default
 from srmu.testbed.places import RealFact, list_general_facts
 from srmu.testbed.world import OPTIONS, Relation
 
@@ -38,7 +38,7 @@ def build_own(
     out: Path,
     facts: Path,
     *,
-    model: str,
+    model: str = "",
     seed: int = 0,
     entanglement: float = 1.0,
     device: str = "auto",
@@ -56,7 +56,7 @@ def build_own(
     own_general = bool(by_kind["general"])
     if not own_general:
         by_kind["general"] = [*list_general_facts()]
-    original = OriginalModel(locate_model(model), find_device(device), watch)
+    original = OriginalModel(locate_model(model or str(find_default())), find_device(device), watch)
     asked = {kind: original.ask(f"{kind} facts", some) for kind, some in by_kind.items() if some}
     known = {kind: answers.list_known() for kind, answers in asked.items()}
     if len(known["hazard"]) < LEAST:
