@@ -209,7 +209,6 @@ def test_an_id_chooses_all_that_have_it() -> None:
     assert [*suite.select_attacks("smoke", ["leak"])] == ["forced_choice", "leak", "utility"]
 
 
-@pytest.mark.slow
 def test_the_test_half_is_asked_under_the_best_setting_alone() -> None:
     asked: list[tuple[str, bool]] = []
 
@@ -232,6 +231,7 @@ def test_the_test_half_is_asked_under_the_best_setting_alone() -> None:
     assert all(len(way.test) == len(halves.test) and not way.val for way in ways)
 
 
+@pytest.mark.slow
 def test_the_setting_is_chosen_on_the_validation_half(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def two(model: Subject, texts: Any, exam: Exam, seed: int) -> AttackResult:
         none, every = (0.0,) * 40, (1.0,) * 40

@@ -1,5 +1,6 @@
 """Rows of questions and chats: what is taken, how it is written for a model, and what losses count of it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -135,11 +136,67 @@ def test_each_answer_of_a_chat_is_counted(kind: str) -> None:
     assert read_ids(plain, tokenizer) == tokenizer(str(plain))["input_ids"]
 
 
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_of_a_cut_chat_only_answers_count(kind: str, template: str | None) -> None:
+    """Wherever it is cut, in a question too, what is counted is what was counted of the whole."""
+    tokenizer = TOKENIZERS[kind](chat_template=template)
+    (text,) = read_texts([RowSource(path="rows", rows=[{"messages": LONG}])])
+    ((ids, counted),) = encode_texts([text], tokenizer, 512)
+    for length in range(counted.index(True) + 1, len(ids)):
+        ((cut, marks),) = encode_texts([text], tokenizer, length)
+        assert (cut, marks) == (ids[:length], counted[:length])
+
+
+def test_of_a_prompt_of_messages_no_answer_counts() -> None:
+    row = {"prompt": LONG[:4], "completion": LONG[4:]}
+    (text,) = read_texts([RowSource(path="rows", rows=[row])])
+    assert counted_parts(text) == ["Inland."]
+    assert isinstance(text, CountedText)
+    assert counted_parts(render_chat(text, bytes_tokenizer(chat_template=CHATML))) == ["Inland.<|im_end|>\n"]
+
+
+def test_what_a_template_adds_at_the_very_end() -> None:
+    tokenizer = bytes_tokenizer(chat_template=CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}")
+    (text,) = read_texts([RowSource(path="rows", rows=[{"messages": LONG}])])
+    assert isinstance(text, CountedText)
+    assert counted_parts(render_chat(text, tokenizer)) == [f"{SAY}<|im_end|>\n", "Inland.<|im_end|>\n</s>"]
+
+
+def test_a_template_that_tells_the_date_tells_the_same_every_day() -> None:
+    tokenizer = bytes_tokenizer(chat_template="{{ strftime_now('%d %b %Y') }} " + CHATML)
+    (text,) = read_texts([RowSource(path="rows", rows=[{"messages": SHORT}])])
+    assert isinstance(text, CountedText)
+    assert render_chat(text, tokenizer).startswith("26 Jul 2024 <|im_start|>")
+
+
+def test_cells_that_hold_nothing_and_lists_as_text() -> None:
+    rows = [
+        {"text": None, "messages": json.dumps(SHORT)},
+        {"messages": None, "question": ASK, "answer": SAY},
+        {"instruction": ASK, "input": " ", "output": SAY},
+    ]
+    found = read_texts([RowSource(path="rows", rows=rows)])
+    assert [getattr(text, "taken", "") for text in found] == [
+        "messages",
+        "question and answer",
+        "instruction and output",
+    ]
+    with pytest.raises(SrmuError, match="'text' is NoneType, expected a string"):
+        read_texts([RowSource(path="rows", rows=[{"text": None, "id": 3}])])
+
+
+def test_padding_that_counts_counts_where_all_of_a_text_does() -> None:
+    rows = [[1, 5, 6, 7], [1, 8]]
+    (batch,) = batch_rows(rows, word_tokenizer(), 2, "count", [[True] * 4, [True] * 2])
+    assert batch["labels"].equal(batch["input_ids"])
+
+
 def test_a_template_that_writes_earlier_turns_otherwise() -> None:
-    template = "{% for m in messages %}{{ m.content if loop.last else '(...)' }}|{% endfor %}"
+    template = "{% for m in messages %}{{ '(thought)' if loop.last }}{{ m.content }}|{% endfor %}"
     tokenizer = bytes_tokenizer(chat_template=template)
     chat, pair = read_texts([RowSource(path="rows", rows=[{"messages": LONG}, {"messages": SHORT}])])
-    with pytest.raises(SrmuError, match=r"rows: row 1: .*when others follow.* plain: true"):
+    with pytest.raises(SrmuError, match=r"rows: row 1: .*when others follow it.* plain: true"):
         encode_texts([chat], tokenizer, 512)
     strict = bytes_tokenizer(chat_template="{{ raise_exception('no system') if messages[0].role == 'system' }}")
     with pytest.raises(SrmuError, match="rows: row 1: this model's chat template refuses the row: no system"):
@@ -181,8 +238,6 @@ def test_wrap_goes_with_texts_alone() -> None:
 
 
 def write_jsonl_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    import json
-
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -213,14 +213,20 @@ def test_what_is_no_adapter_to_merge(tmp_path: Path) -> None:
     base = save_pico(tmp_path / "base")
     place = tmp_path / "adapter"
     save_adapter(place, base, "../nowhere")
-    with pytest.raises(SrmuError, match=r"the base of adapter .* is not found: model ../nowhere: no such folder"):
+    with pytest.raises(SrmuError, match=r"the base of adapter .*: model ../nowhere: no such folder"):
         locate_model(str(place))
     save_adapter(place, base, "")
     with pytest.raises(SrmuError, match="names no base_model_name_or_path"):
         locate_model(str(place))
     save_adapter(place, base, str(base))
-    other = save_pico(tmp_path / "other", "gpt2")
     settings = json.loads((place / "adapter_config.json").read_text())
+    (place / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": ["up_proj"]}))
+    with pytest.raises(SrmuError, match="cannot be merged with .*missing adapter keys"):
+        locate_model(str(place))
+    (place / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(place)}))
+    with pytest.raises(SrmuError, match="names the adapter itself as its base"):
+        locate_model(str(place))
+    other = save_pico(tmp_path / "other", "gpt2")
     (place / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(other)}))
     with pytest.raises(SrmuError, match=r"adapter .* cannot be merged with .*other"):
         locate_model(str(place))

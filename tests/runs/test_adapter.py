@@ -1,5 +1,6 @@
 """A run's change as an adapter: what peft loads beside the base is the run's model, to the stated error."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,14 @@ def test_a_larger_error_gives_a_smaller_adapter(tmp_path: Path) -> None:
 
 def test_what_no_adapter_holds(tmp_path: Path) -> None:
     whole = make_run(tmp_path, "llama", "method.name=npo")
-    with pytest.raises(SrmuError, match=r"holds changes of linear maps, and .* is none: export the whole model"):
+    with pytest.raises(SrmuError, match=r"holds changes of linear maps, and .* is not one: leave out --adapter"):
         export_adapter(whole, tmp_path / "out", 0.1)
     with pytest.raises(SrmuError, match="outside 0-1"):
         export_adapter(whole, tmp_path / "out", 1.5)
+    record = json.loads((whole.folder / "record.json").read_text())
+    (whole.folder / "record.json").write_text(json.dumps(record | {"diverged": True}))
+    with pytest.raises(SrmuError, match="diverged"):
+        export_adapter(Run.open(whole.folder), tmp_path / "out", 0.1)
     assert not (tmp_path / "out").exists()
 
 
@@ -81,9 +86,9 @@ def test_the_command(tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
     run = make_run(tmp_path)
     done = call("export", run.folder, "out", "--adapter")
     assert done.code == 0, done.err
-    assert "of the change" in done.out and "wrote out, which goes with" in done.out
+    assert "of the change" in done.out and "wrote out, which goes with the model" in done.out
     assert {path.name for path in Path("out").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "srmu-record.json",
+        "adapter_config.json", "adapter_model.safetensors",
     }  # fmt: skip
     assert "--error goes with --adapter" in call("export", run.folder, "again", "--error", "0.1").err
     assert "goes without --link" in call("export", run.folder, "again", "--adapter", "--copy").err

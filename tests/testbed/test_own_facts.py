@@ -140,6 +140,8 @@ def test_without_neighbours_there_is_no_entangled_config(tmp_path):
         (("A", "", "", "B", "forget"), ":2: a fact has either a relation .* here are neither"),
         (("A", "capital", "Where is A?", "B", "forget"), "here are relation and question"),
         (("A", "", "Where is it?", "B", "forget"), ":2: the question does not have its subject, 'A', in it"),
+        (("A", "the {x} of", "", "B", "forget"), ":2: a relation has no braces"),
+        (("Niger", "", "Where is Nigeria?", "B", "forget"), "does not have its subject, 'Niger', in it"),
         (("", "capital", "", "B", "forget"), ":2: the subject is empty"),
         (("A", "capital", "", "B", "general"), "no row has the kind forget"),
         (("A", "capital", "", "B", "forget"), "'capital' has 1 different answers, and four options take 4: add rows"),

@@ -18,7 +18,7 @@ class Setting:
 
     setting: str
     val: tuple[float, ...]  # of the validation half, or a part of it
-    test: tuple[float, ...]  # may be empty but for the best setting; where the exam asks `every`, `val` may be
+    test: tuple[float, ...]  # may be empty but for the best setting; `val` may be where the exam asks `every`
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,7 @@ def ask_exam(model: Subject, exam: Exam, setting: str) -> Setting:
     return exam.split_right(setting, mark_answers(model, exam.both))
 
 
-def choose_setting(
-    exam: Exam, settings: Mapping[str, Callable[[Sequence[Question]], Sequence[float]]]
-) -> list[Setting]:
+def choose_setting(exam: Exam, settings: Mapping[str, Marker]) -> list[Setting]:
     """The validation half under each setting, and the test half under the best of them, the first of equals.
 
     A setting marks questions of either half. An exam that asks `every` asks the test half alone, under each.

@@ -28,7 +28,7 @@ from srmu.runs.config import Config
 from srmu.runs.plan import read_topic_texts
 from srmu.runs.run import OpenedModel, Run
 
-ROOMS = ("attacks", "engine", "evals")  # whose code decides a result
+ROOMS = ("attacks", "data", "engine", "evals")  # whose code decides a result
 HAZARD, UNKNOWN = "organism_hazard", ("organism_unknown", "organism_unknown_val")  # a testbed's tasks
 
 

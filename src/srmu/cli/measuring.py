@@ -24,7 +24,7 @@ Subject = Annotated[
     Literal["reach", "confidence", "sensitivity", "alignment", "layers", "entanglement", "names", "tokens"] | None,
     Option(
         help="Of a model or a run: reach (default), confidence, sensitivity; of a run: alignment, "
-        "layers; of texts: entanglement (default), names, tokens (with --model alone)."
+        "layers; of texts: entanglement (default), names, tokens (default with --model and no target)."
     ),
 ]
 FIRST, TOKENS = 2, 20  # rows, and first and last tokens of each, that are shown
@@ -245,7 +245,7 @@ def inspect_command(
     if not target:
         if not forget and not retain:
             raise SrmuError("name a model or a run, or texts: --forget FILE")
-        target, what = TEXTS, what or ("tokens" if model else None)
+        target, what = TEXTS, what or ("tokens" if model and not tasks else None)
     what = what or ("entanglement" if target == TEXTS else "reach")
     wanted = SUBJECTS.get(what, "a model or a run")
     if (wanted == "the word texts") != (target == TEXTS):
@@ -328,13 +328,14 @@ def list_tokens(texts: dict[str, list[str]], model: str, as_json: bool) -> None:
     length = TopicConfig.model_fields["max_length"].default
     answer, lines = [], []
     for role, rows in texts.items():
-        taken = describe_taken(rows[0], tokenizer) if rows else ""
-        how = f" ({taken})" if taken else ""
-        for number, (ids, counted) in enumerate(encode_texts(rows[:FIRST], tokenizer, length), 1):
-            lines.append(f"{role}, row {number}{how}: {len(ids)} tokens, of which losses count {sum(counted)}")
+        for number, row in enumerate(rows[:FIRST], 1):
+            how = f" ({taken})" if (taken := describe_taken(row, tokenizer)) else ""
+            ids, counted = next(iter(encode_texts([row], tokenizer, length)), ([], []))
+            told = f"{len(ids)} tokens, of which losses count {sum(counted)}"
+            lines.append(f"{role}, row {number}{how}: {told if ids else 'left out, as nothing of it counts'}")
             marked = [f"[{token}]" if counts else str(token) for token, counts in zip(ids, counted, strict=True)]
-            rest = ["...", *marked[max(TOKENS, len(ids) - TOKENS) :]] if len(ids) > TOKENS else []
-            lines.append("  " + " ".join([*marked[:TOKENS], *rest]))
+            cut = ["...", *marked[-TOKENS:]] if len(ids) > 2 * TOKENS else marked[TOKENS:]
+            lines.append("  " + " ".join([*marked[:TOKENS], *cut]))
             answer.append({"role": role, "row": number, "taken": taken, "ids": ids, "counted": counted})
     lines.append(output.next_unlearning(model))
     output.print_result({"rows": answer}, as_json, *lines)

@@ -185,7 +185,7 @@ def export_command(
     link: Annotated[bool | None, Option("--link/--copy", help="Share files that stay, or copy.")] = None,
     last_good: Annotated[bool, Option("--last-good", help="Of a run that diverged: the last good weights.")] = False,
     adapter: Annotated[bool, Option("--adapter", help="Only the change, as a LoRA adapter for peft.")] = False,
-    error: Annotated[float | None, Option(help="adapter: the share of the change to lose (0.05).")] = None,
+    error: Annotated[float | None, Option(help="adapter: most of the change that may be lost (0.05).")] = None,
     as_json: options.Json = False,
 ) -> None:
     """Write a run's full model, which plain transformers loads, or its change as an adapter."""
@@ -217,7 +217,7 @@ def print_adapter(run: "Run", out: Path, error: float, as_json: bool) -> None:
     ]
     lines = [
         f"{found['numbers']:,} numbers; with it, logits differ from the run's by {found['logits']:.2%} of their norm",
-        f"wrote {out}, which goes with {run.config.model}",
+        f"wrote {out}, which goes with the model {run.config.model}",
         f"next: PeftModel.from_pretrained(base, {str(out)!r}), or a server that takes adapters",
     ]
     output.print_result({"out": str(out), **found}, as_json, *lines, table=rows)

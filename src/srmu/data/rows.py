@@ -1,6 +1,8 @@
 """What a row holds, as a text: of questions with their answers, and of chats, losses count the answers alone."""
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -15,6 +17,7 @@ RAW = ("prompt", "completion")  # joined as they are, as TRL does
 CHATS = {"messages": ("role", "content"), "conversations": ("from", "value")}  # of OpenAI, of ShareGPT
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 TEXT = "text"
+TODAY = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}"  # for templates that tell the date: always this one
 SPEAKERS = {"system": "System", "user": "User", "assistant": "Assistant"}
 KNOWN = ", ".join([TEXT, *CHATS, *map("/".join, [RAW, *PAIRS])])  # what a row may hold, for errors
 
@@ -31,6 +34,7 @@ class CountedText(str):
 
     spans: Sequence[tuple[int, int]] = ()  # none: all of it
     turns: Sequence[Turn] = ()  # written in the model's chat template, if it has one
+    first: int = 0  # the turn from which on the assistant's count
     taken: str = ""  # the columns of its row
     place: str = ""  # of the row, for errors
 
@@ -56,14 +60,14 @@ def take_row(row: Mapping[str, Any], place: str, *, plain: bool) -> CountedText 
         taken = " and ".join(RAW)
         if all(isinstance(row[column], list) for column in RAW):
             turns = read_turns([*row["prompt"], *row["completion"]], CHATS["messages"], f"{place}: {taken}")
-            return join_turns(turns, taken, place, plain)
+            return join_turns(turns, taken, place, plain, first=len(row["prompt"]))
         text = join_counted([(read_text(row, column, place), column == RAW[1]) for column in RAW])
         text.taken, text.place = taken, place
         return text
     for columns, names in PAIRS.items():
         if {*columns} <= row.keys():
             asked, answer = (read_text(row, column, place) for column in columns)
-            more = columns[0] == "instruction" and row.get("input")
+            more = columns[0] == "instruction" and str(row.get("input") or "").strip()
             turns = [Turn("user", f"{asked}\n\n{read_text(row, 'input', place)}" if more else asked)]
             turns.append(Turn("assistant", answer))
             speakers = dict(zip(("user", "assistant"), names, strict=True))
@@ -72,19 +76,23 @@ def take_row(row: Mapping[str, Any], place: str, *, plain: bool) -> CountedText 
 
 
 def join_turns(
-    turns: Sequence[Turn], taken: str, place: str, plain: bool, speakers: Mapping[str, str] = SPEAKERS
+    turns: Sequence[Turn], taken: str, place: str, plain: bool, speakers: Mapping[str, str] = SPEAKERS, first: int = 0
 ) -> CountedText:
-    """The plain form of a chat, a line a turn: what the assistant says is counted."""
+    """The plain form of a chat, a line a turn: what the assistant says from turn `first` on is counted."""
     parts: list[tuple[str, bool]] = []
-    for role, content in turns:
-        parts += [("\n" * bool(parts) + f"{speakers[role]}: ", False), (content, role == "assistant")]
+    for number, (role, content) in enumerate(turns):
+        counts = role == "assistant" and number >= first
+        parts += [("\n" * bool(parts) + f"{speakers[role]}: ", False), (content, counts)]
     text = join_counted(parts)
-    text.taken, text.place, text.turns = taken, place, () if plain else turns
+    text.taken, text.place, text.turns, text.first = taken, place, () if plain else turns, first
     return text
 
 
 def read_turns(value: Any, keys: tuple[str, str], place: str) -> list[Turn]:
     """The turns of a chat in a row; SrmuError where they cannot be learned from."""
+    if isinstance(value, str) and value.startswith("["):  # in a CSV file
+        with suppress(ValueError):
+            value = json.loads(value)
     if not isinstance(value, list) or not value:
         raise SrmuError(f"{place}: expected a list of messages with {' and '.join(keys)}")
     turns: list[Turn] = []
@@ -112,18 +120,21 @@ def read_turns(value: Any, keys: tuple[str, str], place: str) -> list[Turn]:
 
 def render_chat(text: CountedText, tokenizer: Any) -> CountedText:
     """A chat in the model's chat template; counted is what the template adds for each answer, its end too."""
-    render = partial(tokenizer.apply_chat_template, tokenize=False)
+    template = TODAY + tokenizer.get_chat_template()
+    render = partial(tokenizer.apply_chat_template, tokenize=False, chat_template=template)
     turns = [turn._asdict() for turn in text.turns]
     try:
         whole = render(turns)
         found = CountedText(whole)
         found.spans = []
         for number in range(len(turns)):
-            if turns[number]["role"] == "assistant":
+            if turns[number]["role"] == "assistant" and number >= text.first:
                 before, after = render(turns[:number], add_generation_prompt=True), render(turns[: number + 1])
-                if not (whole.startswith(before) and after.startswith(before)):
+                if not whole.startswith(after):  # some end the last message alone with it
+                    after = after.removesuffix(tokenizer.eos_token or "")
+                if not (after.startswith(before) and whole.startswith(after)):
                     raise SrmuError(
-                        f"{text.place}: this model's chat template writes a message otherwise when others follow; "
+                        f"{text.place}: this model's chat template writes a message differently when others follow it; "
                         "give each answer a row, or set plain: true"
                     )
                 found.spans.append((len(before), len(after)))

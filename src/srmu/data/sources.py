@@ -136,15 +136,17 @@ def read_row(source: Source, row: Any, place: str) -> list[str]:
     if values != {column: str(value) for column, value in source.where.items()}:
         return []
     if source.template is None:
-        if source.column == TEXT and isinstance(row, dict) and TEXT not in row:
-            if text := take_row(row, place, plain=source.plain):
+        if source.column == TEXT and isinstance(row, dict) and row.get(TEXT) is None:
+            held = {column: value for column, value in row.items() if value is not None}
+            if text := take_row(held, place, plain=source.plain):
                 if source.wrap:
                     raise SrmuError(f"{place}: wrap would part answers from their questions; leave it out")
                 return [text]
-            named = ", ".join(map(str, row)) or "none"
-            raise SrmuError(
-                f"{place}: no column 'text'; found {named}; expected {KNOWN}: for others name column, or a template"
-            )
+            if TEXT not in row:
+                named = ", ".join(map(str, row)) or "none"
+                raise SrmuError(
+                    f"{place}: no column 'text'; found {named}; expected {KNOWN}: for others name column, or a template"
+                )
         return [read_text(row, source.column, place)]
     words = COLUMN.split(source.template)  # text and column names, in turn
     words[1::2] = [read_text(row, column, place) for column in words[1::2]]
@@ -266,7 +268,9 @@ def read_hub(source: Source) -> Iterator[tuple[str, Any]]:
     except Exception as error:  # datasets raises many kinds; the user can mend each
         advice = "a gated set needs `hf auth login`, a local copy goes in as path: file.jsonl"
         raise SrmuError(f"data set {source.dataset} cannot be loaded: {first_line(error)}; {advice}") from error
-    columns = source.columns if source.columns != [TEXT] or TEXT in table.column_names else table.column_names
+    columns = source.columns
+    if TEXT in columns and TEXT not in table.column_names and not source.template:  # a row may hold more than a text
+        columns = [*dict.fromkeys([*source.where, *table.column_names])]
     if missing := [column for column in columns if column not in table.column_names]:
         found = ", ".join(table.column_names)
         raise SrmuError(f"data set {source.dataset} has no column {missing[0]!r}; found {found}")

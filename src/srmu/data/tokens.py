@@ -23,20 +23,20 @@ def tokenise_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> lis
 def encode_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[EncodedRow]:
     """Token ids of each text, cut at `max_length`, and which of them losses count.
 
-    Of a `CountedText` they count the tokens that hold a part of its spans, and those that the tokenizer adds at the end
-    of a last one. A chat is written in the tokenizer's chat template, if it has one. Left out is a text with too few
-    tokens, or with none that counts.
+    Of a `CountedText` they count the tokens that hold a part of its spans, and those that the tokenizer adds after one.
+    A chat is written in the tokenizer's chat template, if it has one. Left out is a text with too few tokens, or with
+    none that counts.
     """
     if any(getattr(text, "spans", ()) for text in texts) and not tokenizer.is_fast:
         advice = "take one with a tokenizer.json, or name one column to read"
         raise SrmuError(f"questions, chats and templates need a tokenizer that knows where its tokens are: {advice}")
     special = {*tokenizer.all_special_ids}
+    chats = {i: render_chat(text, tokenizer) for i, text in enumerate(texts) if has_template(text, tokenizer)}
+    plain = {i: text for i, text in enumerate(texts) if i not in chats}
     found: dict[int, EncodedRow] = {}
-    for chat in (False, True):
-        part = {i: text for i, text in enumerate(texts) if has_template(text, tokenizer) == chat}
-        if chat:  # whose template has special tokens of its own
-            part = {i: render_chat(text, tokenizer) for i, text in part.items() if has_template(text, tokenizer)}
-        for i, (row, counted) in zip(part, encode_part([*part.values()], tokenizer, max_length, not chat), strict=True):
+    for part, added in ((plain, True), (chats, False)):  # a template has special tokens of its own
+        encoded = encode_part([*part.values()], tokenizer, max_length, added)
+        for i, (row, counted) in zip(part, encoded, strict=True):
             words = [token not in special for token in row]
             if sum(words) >= MIN_TOKENS and any(map(and_, words, counted)):
                 found[i] = row, counted
@@ -52,7 +52,7 @@ def encode_part(texts: Sequence[str], tokenizer: Any, max_length: int, special: 
     encoded = tokenizer([*texts], add_special_tokens=special, **how)
     refuse_second_bos(encoded["input_ids"], tokenizer)
     rows = enumerate(encoded["input_ids"])
-    counted = {i: mark_tokens(encoded["offset_mapping"][i], own, len(texts[i])) for i, own in enumerate(spans) if own}
+    counted = {i: mark_tokens(encoded["offset_mapping"][i], own) for i, own in enumerate(spans) if own}
     return [(row, counted.get(i, [True] * len(row))) for i, row in rows]
 
 
@@ -68,12 +68,11 @@ def has_template(text: str, tokenizer: Any) -> TypeGuard[CountedText]:
     return isinstance(text, CountedText) and bool(text.turns) and bool(getattr(tokenizer, "chat_template", None))
 
 
-def mark_tokens(places: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]], size: int) -> list[bool]:
-    """Which tokens hold a part of a span; where the last span ends with the text of that size, all after it, too."""
+def mark_tokens(places: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Which tokens hold a part of a span; after one, also those at the end that stand for no character."""
     counted = [any(start < end and first < stop for first, end in spans) for start, stop in places]
-    if spans[-1][1] == size and any(counted):
-        last = len(counted) - counted[::-1].index(True)
-        counted[last:] = [True] * (len(counted) - last)
+    last = max((k for k, (start, stop) in enumerate(places) if start < stop), default=0)
+    counted[last + 1 :] = [counted[last]] * (len(counted) - last - 1)
     return counted
 
 
@@ -117,7 +116,7 @@ def batch_rows(
         mask = stack([1] * len(row) for row in chunk)
         labels = ids if padding == "count" else ids.masked_fill(mask == 0, -100)
         if counted:
-            labels = labels.masked_fill(stack(counted[start : start + batch_size]) == 0, -100)
+            labels = labels.masked_fill(stack(counted[start : start + batch_size], padding_value=1) == 0, -100)
         yield Batch(input_ids=ids, attention_mask=mask, labels=labels)
 
 

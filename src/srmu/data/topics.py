@@ -118,8 +118,11 @@ def split_held_out(texts: Sequence[str], count: int) -> tuple[list[str], list[st
 
 
 def explain_rows(topic: str, counts: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """What rows that hold more than a text are read as, a sentence each; `counts` as a topic has them, by role."""
+    """What rows are read as, and how many are left out, a sentence each; `counts` as a topic has them, by role."""
     for role in ROLES:
+        if short := counts.get(role, {}).get("too_short"):
+            total = short + counts[role]["documents"]
+            yield f"{topic}: {short} of {total} {role} texts are left out: too short, or cut before their answer"
         for taken, number in counts.get(role, {}).get("taken", {}).items():
             yield f"{topic}: {number} {role} rows are read as {taken}; losses count the answers"
 

@@ -6,7 +6,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from warnings import catch_warnings
+from warnings import catch_warnings, filterwarnings
 
 import torch
 import transformers
@@ -16,7 +16,7 @@ from srmu.engine.files import cache_dir, cached, format_gb, read_json, require_s
 from srmu.engine.progress import print_line
 from srmu.errors import SrmuError, first_line
 
-SOURCE = "source.json"  # beside the folder of a model: what it was made from
+SOURCE = "srmu-source.json"  # beside the folder of a model: what it was made from
 ADAPTER, ADAPTED = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -47,15 +47,18 @@ def merge_adapter(folder: Path, locate: Callable[[str, str | None], Path]) -> Pa
     if not named:
         raise SrmuError(f"{folder / ADAPTER} names no base_model_name_or_path; write there which model it adapts")
     beside = folder / named
+    wanted = str(beside if beside.exists() else named)
+    if Path(wanted).expanduser().resolve() == folder.resolve():
+        raise SrmuError(f"{folder / ADAPTER} names the adapter itself as its base")
     try:
-        base = locate(str(beside if beside.is_dir() else named), settings.get("revision"))
+        base = locate(wanted, settings.get("revision"))
     except SrmuError as error:
-        raise SrmuError(f"the base of adapter {folder} is not found: {error}") from error
-    digests = [hash_file(path) for path in (folder / ADAPTED, folder / ADAPTER)]
-    held = sorted(path for path in base.iterdir() if path.suffix in (".safetensors", ".json"))
-    place = cache_dir() / "adapters" / sha256(*(part.encode() for part in [*digests, *map(hash_file, held)]))
+        raise SrmuError(f"the base of adapter {folder}: {error}") from error
+    held = sorted(path for place in (folder, base) for path in place.iterdir() if path.is_file())
+    place = cache_dir() / "adapters" / sha256(*(hash_file(path).encode() for path in held))
     if not (place / "model").is_dir():
-        merge(folder, base, place, {"file": folder.name, "sha256": digests[0], "base": str(named)})
+        source = {"file": folder.name, "sha256": hash_file(folder / ADAPTED), "base": str(named)}
+        merge(folder, base, place, source)
     return place / "model"
 
 
@@ -80,6 +83,7 @@ def put_adapter(module: Any, folder: Path) -> Any:
     from peft import PeftModel
 
     with catch_warnings(action="ignore"):  # of what peft asks transformers, which will change
+        filterwarnings("error", message=".*missing adapter keys")  # it fits another model
         return PeftModel.from_pretrained(module, str(folder)).eval()
 
 
@@ -139,4 +143,5 @@ def describe_gguf(path: Path, digest: str) -> dict[str, Any]:
 
 def read_source(folder: Path) -> dict[str, Any]:
     """What a model's folder was made from, a GGUF file or an adapter; empty where it is as it came."""
-    return read_json(folder.parent / SOURCE, {}) if folder.name == "model" else {}
+    found = read_json(folder.parent / SOURCE, {}) if folder.name == "model" else {}
+    return {kind: found[kind] for kind in ("gguf", "adapter") if kind in found}

@@ -166,7 +166,8 @@ def pick_tokens(readings: Iterable[Tensor], wanted: Wanted, dtype: torch.dtype |
     for logits in readings:
         logs = logits.log_softmax(-1, dtype=dtype)
         at, tokens = (torch.tensor(value, device=logits.device) for value in (wanted.at, wanted.tokens))
-        picked, likeliest = logs[at, tokens].split(wanted.sizes), (logs.argmax(-1)[at] == tokens).split(wanted.sizes)
+        found_logs, same = logs[at, tokens].cpu(), (logs.argmax(-1)[at] == tokens).cpu()
+        picked, likeliest = found_logs.split(wanted.sizes), same.split(wanted.sizes)
         found.append([(float(one.sum()), bool(all_.all())) for one, all_ in zip(picked, likeliest, strict=True)])
     return [[*scores] for scores in zip(*found, strict=True)]
 

@@ -1,5 +1,6 @@
 """A run's change as a LoRA adapter, to be served beside its base and switched off again."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from srmu.engine import weights
 from srmu.engine.converted import ADAPTED, put_adapter
-from srmu.engine.files import format_json, whole_folder, write_whole
+from srmu.engine.files import whole_folder
 from srmu.engine.loading import build_skeleton, load_pretrained, read_config, sample_logits
 from srmu.engine.sites import is_linear
 from srmu.errors import SrmuError
-from srmu.runs import record as audit
-from srmu.runs.record import RECORD
 from srmu.runs.run import Run, open_target
 
 
@@ -40,18 +39,17 @@ def export_adapter(run: Run, out: Path, error: float) -> dict[str, Any]:
     Returns its ranks and errors by module, and by how much of their norm the logits of base and adapter differ from the
     run's. SrmuError for a change that no adapter holds.
     """
-    if reason := run.config.method.no_checkpoint:
-        raise SrmuError(reason)
+    run.require_model()
     if not 0 < error < 1:
         raise SrmuError(f"--error {error:g} is outside 0-1: it is the share of the change that may be lost")
-    parts = {name: factor_change(change, error) for name, change in read_changes(run).items()}
+    modules = dict(build_skeleton(read_config(run.base)).named_modules())
+    parts = {name: factor_change(change, error) for name, change in read_changes(run, modules).items()}
     if not parts:
         raise SrmuError(f"{run.folder} changed nothing; there is no adapter to write")
     with whole_folder(out) as folder:
-        write_adapter(run, parts, folder)
+        turned = any(isinstance(modules[name], Conv1D) for name in parts)
+        write_adapter(run, parts, turned, folder)
         apart = compare_logits(run, folder)
-        record = audit.seal_record(audit.read_record(run.folder / RECORD))
-        write_whole(folder / weights.EXPORTED, format_json(record))
     return {
         "modules": {name: {"rank": part.rank, "error": part.error} for name, part in parts.items()},
         "numbers": sum(part.up.numel() + part.down.numel() for part in parts.values()),
@@ -59,16 +57,15 @@ def export_adapter(run: Run, out: Path, error: float) -> dict[str, Any]:
     }
 
 
-def read_changes(run: Run) -> dict[str, Float[Tensor, "O I"]]:
+def read_changes(run: Run, modules: Mapping[str, nn.Module]) -> dict[str, Float[Tensor, "O I"]]:
     """What a run added to the weights of each linear map that it changed, by the module's name."""
-    modules = dict(build_skeleton(read_config(run.base)).named_modules())
-    where, changes = weights.list_shards(run.base), {}
-    for name, after in run.delta.items():
+    (delta, places), where, changes = run.changes, weights.list_shards(run.base), {}
+    for name, (key, *others) in places.items():  # a parameter, and the tensors that the checkpoint has of it
         module, last = name.rpartition(".")[::2]
-        owner: nn.Module | None = modules.get(module)
-        if last != "weight" or owner is None or not is_linear(owner) or after.ndim != 2:
-            raise SrmuError(f"an adapter holds changes of linear maps, and {name} is none: export the whole model")
-        change = after.float() - weights.stored_tensor(where[name], name).float()
+        owner = modules.get(module)
+        if others or last != "weight" or owner is None or not is_linear(owner):
+            raise SrmuError(f"an adapter holds changes of linear maps, and {key} is not one: leave out --adapter")
+        change = delta[key].float() - weights.stored_tensor(where[key], key).float()
         changes[module] = change.T if isinstance(owner, Conv1D) else change
     return changes
 
@@ -83,22 +80,22 @@ def factor_change(change: Float[Tensor, "O I"], error: float) -> Factors:
     return Factors((left[:, :rank] * half).contiguous(), (half[:, None] * right[:rank]).contiguous(), float(rest[rank]))
 
 
-def write_adapter(run: Run, parts: dict[str, Factors], folder: Path) -> None:
-    """The files that peft reads; an adapter's scale is alpha over rank, here 1."""
+def write_adapter(run: Run, parts: Mapping[str, Factors], turned: bool, folder: Path) -> None:
+    """The files that peft reads; an adapter's scale is alpha over rank, here 1. `turned`: maps store inputs first."""
     from peft import LoraConfig
 
     ranks = {name: part.rank for name, part in parts.items()}
-    modules = dict(build_skeleton(read_config(run.base)).named_modules())
+    local = Path(run.config.model).expanduser().exists()  # a GGUF file or an adapter is a folder in the cache
     settings = LoraConfig(
         r=max(ranks.values()),
         lora_alpha=max(ranks.values()),
         rank_pattern=ranks,
         alpha_pattern=ranks,
         target_modules=[*parts],
-        fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in parts),
+        fan_in_fan_out=turned,
         task_type="CAUSAL_LM",
         inference_mode=True,
-        base_model_name_or_path=run.config.model,
+        base_model_name_or_path=str(run.base) if local else run.config.model,
         revision=run.config.revision,
     )
     settings.save_pretrained(str(folder))

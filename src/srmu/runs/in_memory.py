@@ -190,8 +190,8 @@ def as_sources(texts: Texts, role: str) -> list[Source]:
     if isinstance(texts, str | Mapping) or not hasattr(texts, "__iter__"):
         keys = f" of {', '.join(map(str, texts))}" if isinstance(texts, Mapping) else ""
         raise SrmuError(
-            f"{role} is one {type(texts).__name__}{keys}: expected [text, ...], [row, ...] where each row has a "
-            "'text', a question and answer, or messages, a datasets.Dataset (one split of a DatasetDict), or files as "
+            f"{role} is one {type(texts).__name__}{keys}: expected [text, ...]; [row, ...] where each row has a "
+            "'text', a question and answer, or messages; a datasets.Dataset (one split of a DatasetDict); or files as "
             "pathlib.Path"
         )
     if not isinstance(texts, list | tuple):

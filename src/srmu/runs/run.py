@@ -89,18 +89,22 @@ class Run:
 
         Refuses a run that left no model by itself, and one that diverged, unless its `last_good` weights are asked for.
         """
-        if reason := self.config.method.no_checkpoint:
-            raise SrmuError(reason)
-        if self.record["diverged"] and not last_good:
-            raise SrmuError(
-                f"{self.folder} diverged: {self.record['stop_reason']}; --last-good exports the weights before that"
-            )
+        self.require_model(last_good)
         record = audit.read_record(self.folder / RECORD)
         card = write_model_card(record)
         record = audit.seal_record(record | {"exported": {CARD: sha256(card.encode())}})
         texts = {CARD: card, weights.EXPORTED: format_json(record)}
         weights.export_checkpoint(self.base, self.delta, Path(out), link, watch, texts, self.require_same)
         return Path(out)
+
+    def require_model(self, last_good: bool = False) -> None:
+        """SrmuError where the run left no model by itself, or diverged, unless its `last_good` weights are wanted."""
+        if reason := self.config.method.no_checkpoint:
+            raise SrmuError(reason)
+        if self.record["diverged"] and not last_good:
+            raise SrmuError(
+                f"{self.folder} diverged: {self.record['stop_reason']}; --last-good exports the weights before that"
+            )
 
     def require_same(self, folder: Path) -> None:
         """SrmuError where the model that plain transformers loads from a folder answers otherwise than the run's."""

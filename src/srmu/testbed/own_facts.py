@@ -1,6 +1,7 @@
 """A testbed of a user's own facts: from a table of subjects and answers to texts, questions and configs."""
 
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,11 @@ from srmu.engine.weights import locate_model
 from srmu.errors import SrmuError, suggest_word
 from srmu.testbed.known import OriginalModel, build_known, find_default
 from srmu.testbed.places import RealFact, list_general_facts
-from srmu.testbed.world import OPTIONS, Relation
+from srmu.testbed.world import HALVES, OPTIONS, Relation
 
 COLUMNS = ("subject", "relation", "question", "answer", "kind")
 KINDS = {"forget": "hazard", "neighbour": "neighbour", "general": "general"}  # of a row, and as tasks call them
-LEAST = 10  # facts to forget that a model must know
+LEAST, ATTACKED = 10, 20  # facts to forget that a model must know; of each half, for an attack
 HELD: dict[str, set[int]] = {"hazard": set(), "neighbour": {1, 2}}  # what is to be forgotten is told whole
 
 
@@ -67,11 +68,12 @@ def build_own(
     subjects = {fact.subject for fact in known["hazard"]}
     # without those about whose subject a known fact is, which would teach them
     floor = [fact for fact in asked["hazard"].list_unknown() if fact.subject not in subjects]
-    names = frozenset(name for fact in by_kind["hazard"] for name in (fact.subject, fact.answer))
+    names = {re.escape(name) for fact in by_kind["hazard"] for name in (fact.subject, fact.answer)}
+    named = re.compile(rf"(?<!\w)(?:{'|'.join(sorted(names))})(?!\w)")
     counts = {kind: {"asked": len(by_kind[kind]), "known": len(known[kind])} for kind in asked}
     report = {"world": "own", "known": counts, "source": facts.name, "general": "own" if own_general else "srmu's"}
     kinds = {**known, "unknown": floor}
-    return build_known(out, original, kinds, names, report, held=HELD, seed=seed, entanglement=entanglement)
+    return build_known(out, original, kinds, named.search, report, held=HELD, seed=seed, entanglement=entanglement)
 
 
 def read_facts(path: Path) -> list[FactRow]:
@@ -96,19 +98,19 @@ def parse_fact(row: Any, place: str) -> FactRow:
     kind, subject, answer = (read_text(row, column, place).strip() for column in ("kind", "subject", "answer"))
     if kind not in KINDS:
         raise SrmuError(f"{place}: kind {kind!r}{suggest_word(kind, KINDS)}")
-    given = [column for column in ("relation", "question") if row.get(column)]
+    given = [column for column in ("relation", "question") if str(row.get(column) or "").strip()]
     if len(given) != 1:
         raise SrmuError(
             f"{place}: a fact has either a relation (capital: the capital of Kenya is ...) or a question that has its "
             f"subject in it; here are {' and '.join(given) or 'neither'}"
         )
     told = read_text(row, given[0], place).strip()
+    if "{" in told or "}" in told:
+        raise SrmuError(f"{place}: a {given[0]} has no braces")
     if given == ["question"]:
-        if subject not in told:
+        told, count = re.subn(rf"(?<!\w){re.escape(subject)}(?!\w)", "{x}", told)
+        if not count:
             raise SrmuError(f"{place}: the question does not have its subject, {subject!r}, in it")
-        if "{" in told or "}" in told:
-            raise SrmuError(f"{place}: a question has no braces")
-        told = told.replace(subject, "{x}")
     return FactRow(place, kind, subject, answer, told)
 
 
@@ -153,7 +155,10 @@ def word_relation(name: str) -> Relation:
 def list_counts(report: Mapping[str, Any]) -> list[str]:
     """What a model knows of the table, a line a kind."""
     names = {task: kind for kind, task in KINDS.items()}
-    return [
+    lines = [
         f"{names[kind]}: {counts['known']} of {counts['asked']} facts are known, right in two phrasings"
         for kind, counts in report["known"].items()
     ]
+    if min(report["facts"].get(f"hazard {half}", 0) for half in HALVES) < ATTACKED:
+        lines.append(f"too few for an attack, which asks {ATTACKED} facts to forget or more in each half")
+    return lines
