@@ -187,13 +187,13 @@ def test_entanglement(call: Call, tmp_path: Path) -> None:
 
 
 def test_tokens_of_rows(call: Call, tmp_path: Path) -> None:
-    (tmp_path / "asked.csv").write_text("question,answer\nw1 w2,w3 w4 w5\n" + 'w6,"w7 ' + "w8 " * 30 + '"\n')
+    (tmp_path / "asked.csv").write_text("question,answer\nw1 w2,w3 w4 w5\n" + 'w6,"w7 ' + "w8 " * 50 + '"\n')
     done = call("inspect", "--forget", "asked.csv", "--model", "model")
     assert done.code == 0, done.err
     assert "forget, row 1 (question and answer): " in done.out and "of which losses count 3" in done.out
     assert done.out.splitlines()[1].endswith(" [7] [8] [9]") and " ... " in done.out.splitlines()[3]
     rows = json.loads(call("inspect", "--forget", "asked.csv", "--model", "model", "--json").out)["rows"]
-    assert [sum(row["counted"]) for row in rows] == [3, 31]
+    assert [sum(row["counted"]) for row in rows] == [3, 51]
     assert "--model: name the one" in call("inspect", "--forget", "asked.csv", "--what", "tokens").err
     assert "name a model or a run, or texts" in call("inspect").err
 

@@ -221,7 +221,7 @@ def test_what_is_no_adapter_to_merge(tmp_path: Path) -> None:
     save_adapter(place, base, str(base))
     settings = json.loads((place / "adapter_config.json").read_text())
     (place / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": ["up_proj"]}))
-    with pytest.raises(SrmuError, match="cannot be merged with .*missing adapter keys"):
+    with pytest.raises(SrmuError, match=r"cannot be merged with .*missing adapter keys"):
         locate_model(str(place))
     (place / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(place)}))
     with pytest.raises(SrmuError, match="names the adapter itself as its base"):
