@@ -199,8 +199,11 @@ def test_a_template_that_writes_earlier_turns_otherwise() -> None:
     with pytest.raises(SrmuError, match=r"rows: row 1: .*when others follow it.* plain: true"):
         encode_texts([chat], tokenizer, 512)
     strict = bytes_tokenizer(chat_template="{{ raise_exception('no system') if messages[0].role == 'system' }}")
-    with pytest.raises(SrmuError, match="rows: row 1: this model's chat template refuses the row: no system"):
+    with pytest.raises(SrmuError, match=r"rows: row 1: this model's chat template cannot write the row \(no system"):
         encode_texts([chat], strict, 512)
+    for broken in ("{{ 1 / 0 }}", "{{ messages[0].content + 1 }}", {"tool_use": CHATML}):
+        with pytest.raises(SrmuError, match=r"rows: row 1: .* cannot write the row .* set plain: true"):
+            encode_texts([chat], bytes_tokenizer(chat_template=broken), 512)
     assert pair
 
 
@@ -212,8 +215,10 @@ def test_a_template_that_writes_earlier_turns_otherwise() -> None:
         ({"messages": [*SHORT, SHORT[1]]}, "message 3 is by assistant, after one by assistant"),
         ({"messages": [*SHORT, LONG[0]]}, "message 3 is by system, after one by assistant"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "message 1 is by 'tool', expected one of system, user"),
-        ({"messages": [SHORT[0], {"role": "assistant", "content": " "}]}, "message 2, by assistant, is empty"),
+        ({"messages": [SHORT[0], {"role": "assistant", "content": " "}]}, "the message 2 is empty"),
         ({"messages": [SHORT[0], {"role": "assistant", "content": None}]}, "is NoneType, expected a string"),
+        ({"messages": [SHORT[0], {"role": "assistant", "content": "w \ud800"}]}, "the message 2 holds half of a surr"),
+        ({"messages": [SHORT[0], {"role": "assistant", "content": [{"type": "text", "text": None}]}]}, "is NoneType"),
         ({"messages": [{"role": "user"}]}, "message 1 has no role and content"),
         ({"messages": "hello"}, "expected a list of messages with role and content"),
         ({"conversations": []}, "expected a list of messages with from and value"),
@@ -230,6 +235,15 @@ def test_a_bad_row_is_one_line(row: dict[str, Any], reason: str, tmp_path: Path)
     assert "\n" not in str(error.value)
     with pytest.raises(SrmuError, match="1 of 2 rows are no texts"):
         read_counted(Source(path=str(tmp_path / "a.jsonl"), on_bad_row="skip"))
+
+
+def test_a_column_that_is_there_twice(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("question,answer,answer\nw1,w2,w3\n")
+    with pytest.raises(SrmuError, match="two columns are called 'answer'"):
+        read_texts([Source(path=str(tmp_path / "a.csv"))])
+    for given in ({"column": "question"}, {"template": "{question} {answer}"}):
+        with pytest.raises(SrmuError, match="plain is for questions and chats"):
+            Source(path="a.csv", plain=True, **given)
 
 
 def test_wrap_goes_with_texts_alone() -> None:

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from helpers.models import Call, save_pico, texts, write_jsonl
 from srmu.engine import converted as reader
@@ -224,8 +225,23 @@ def test_what_is_no_adapter_to_merge(tmp_path: Path) -> None:
     with pytest.raises(SrmuError, match=r"cannot be merged with .*missing adapter keys"):
         locate_model(str(place))
     (place / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(place)}))
-    with pytest.raises(SrmuError, match="names the adapter itself as its base"):
+    with pytest.raises(SrmuError, match="leads back to the adapter itself"):
         locate_model(str(place))
+    for wrong in ([1], settings | {"base_model_name_or_path": 5}):
+        (place / "adapter_config.json").write_text(json.dumps(wrong))
+        with pytest.raises(SrmuError, match="names no base_model_name_or_path"):
+            locate_model(str(place))
+    (place / "adapter_config.json").write_text(json.dumps(settings))
+    tensors = load_file(place / "adapter_model.safetensors")
+    first = next(iter(tensors))
+    for changed, why in (
+        ({first: tensors[first] * torch.nan}, "its weights are not finite"),
+        ({first.replace("layers.0", "layers.9"): tensors[first].clone()}, "1 tensors for which the base has no place"),
+    ):
+        save_file(tensors | changed, place / "adapter_model.safetensors")
+        with pytest.raises(SrmuError, match=why):
+            locate_model(str(place))
+    save_file(tensors, place / "adapter_model.safetensors")
     other = save_pico(tmp_path / "other", "gpt2")
     (place / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(other)}))
     with pytest.raises(SrmuError, match=r"adapter .* cannot be merged with .*other"):

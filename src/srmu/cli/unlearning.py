@@ -216,7 +216,7 @@ def print_adapter(run: "Run", out: Path, error: float, as_json: bool) -> None:
         for name, part in found["modules"].items()
     ]
     lines = [
-        f"{found['numbers']:,} numbers; with it, logits differ from the run's by {found['logits']:.2%} of their norm",
+        f"{found['numbers']:,} numbers, which leave out {found['logits']:.1%} of what the run does to logits",
         f"wrote {out}, which goes with the model {run.config.model}",
         f"next: PeftModel.from_pretrained(base, {str(out)!r}), or a server that takes adapters",
     ]

@@ -7,8 +7,6 @@ from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
-
 from srmu.errors import SrmuError, first_line
 
 # Columns of a question and of its answer, and who speaks in the plain form; of several pairs the first counts.
@@ -107,12 +105,10 @@ def read_turns(value: Any, keys: tuple[str, str], place: str) -> list[Turn]:
         if role == before or (role == "system" and before) or (role == "assistant" and before in ("", "system")):
             after = f"after one by {before}" if before else "and nothing comes before it"
             raise SrmuError(f"{place}: message {number} is by {role}, {after}; user and assistant take turns")
-        if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
-            content = "".join(str(part.get("text", "")) for part in content)
-        if not isinstance(content, str) or not content.strip():
-            what = "is empty" if isinstance(content, str) else f"is {type(content).__name__}, expected a string"
-            raise SrmuError(f"{place}: message {number}, by {role}, {what}")
-        turns.append(Turn(role, content))
+        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            parts = [part.get("text") for part in content]
+            content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+        turns.append(Turn(role, read_text({f"message {number}": content}, f"message {number}", place)))
     if turns[-1].role != "assistant":
         raise SrmuError(f"{place}: the last message is by {turns[-1].role}; nothing answers it")
     return turns
@@ -120,10 +116,10 @@ def read_turns(value: Any, keys: tuple[str, str], place: str) -> list[Turn]:
 
 def render_chat(text: CountedText, tokenizer: Any) -> CountedText:
     """A chat in the model's chat template; counted is what the template adds for each answer, its end too."""
-    template = TODAY + tokenizer.get_chat_template()
-    render = partial(tokenizer.apply_chat_template, tokenize=False, chat_template=template)
     turns = [turn._asdict() for turn in text.turns]
     try:
+        template = TODAY + tokenizer.get_chat_template()
+        render = partial(tokenizer.apply_chat_template, tokenize=False, chat_template=template)
         whole = render(turns)
         found = CountedText(whole)
         found.spans = []
@@ -138,8 +134,11 @@ def render_chat(text: CountedText, tokenizer: Any) -> CountedText:
                         "give each answer a row, or set plain: true"
                     )
                 found.spans.append((len(before), len(after)))
-    except TemplateError as error:
-        raise SrmuError(f"{text.place}: this model's chat template refuses the row: {first_line(error)}") from None
+    except SrmuError:
+        raise
+    except Exception as error:  # a template is a program
+        why = f"{text.place}: this model's chat template cannot write the row ({first_line(error)})"
+        raise SrmuError(f"{why}; leave it out, or set plain: true") from None
     return found
 
 

@@ -53,6 +53,8 @@ class Source:
             raise SrmuError("a text source takes one of path (files) or dataset (a hub id)")
         if self.path and (self.name or self.revision or self.split != "train"):
             raise SrmuError(f"name, split and revision do not apply to the file {self.path}")
+        if self.plain and self.column != TEXT:
+            raise SrmuError(f"{self.place}: plain is for questions and chats; leave out plain or column")
         if self.template is None:
             return
         named = COLUMN.search(self.template)
@@ -60,6 +62,7 @@ class Source:
             (self.column != TEXT, "a text source takes one of column and template"),
             (not named, f"template {self.template!r} has no column; name one in braces: '{{q}} {{answer}}'"),
             (JINJA.search(self.template), f"template {self.template!r}: a column stands in one pair of braces: {{q}}"),
+            (self.plain, "plain is for questions and chats; leave out plain or template"),
             (self.wrap, "wrap would part answers from their questions; leave out wrap or template"),
         ):
             if fault:
@@ -209,7 +212,7 @@ def parse_file(path: Path, source: Source) -> Iterator[tuple[str, Any]]:
                 raise listed
             yield from parse_lines(text.split("\n"), path)  # as `datasets` and pandas write with lines=True
             return
-        if isinstance(listed, dict) and {*source.columns} <= {*listed} and len(text.splitlines()) == 1:
+        if isinstance(listed, dict) and len(text.splitlines()) == 1:
             listed = [listed]
         if not isinstance(listed, list):
             raise SrmuError(f"{path}: expected a list of texts or of objects with {', '.join(source.columns)}")
@@ -219,7 +222,9 @@ def parse_file(path: Path, source: Source) -> Iterator[tuple[str, Any]]:
             csv.field_size_limit(2**31 - 1)  # documents are longer than the 128 KiB of the default
             reader = csv.DictReader(file, strict=True, delimiter="\t" if suffix == ".tsv" else ",")
             try:
-                if twice := [name for name in source.columns if (reader.fieldnames or []).count(name) > 1]:
+                names = reader.fieldnames or []
+                read = source.columns if TEXT in names or source.columns != [TEXT] else names  # all may be
+                if twice := [name for name in read if names.count(name) > 1]:
                     raise csv.Error(f"two columns are called {twice[0]!r}")
                 for row in reader:
                     if None in row:  # an unquoted comma would cut the text

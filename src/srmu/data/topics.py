@@ -120,6 +120,8 @@ def split_held_out(texts: Sequence[str], count: int) -> tuple[list[str], list[st
 def explain_rows(topic: str, counts: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """What rows are read as, and how many are left out, a sentence each; `counts` as a topic has them, by role."""
     for role in ROLES:
+        if bad := counts.get(role, {}).get("bad_rows"):
+            yield f"{topic}: {bad} {role} rows hold no text and are left out"
         if short := counts.get(role, {}).get("too_short"):
             total = short + counts[role]["documents"]
             yield f"{topic}: {short} of {total} {role} texts are left out: too short, or cut before their answer"

@@ -10,6 +10,7 @@ from warnings import catch_warnings, filterwarnings
 
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from srmu.engine.files import cache_dir, cached, format_gb, read_json, require_space, sha256, whole_folder, write_json
@@ -41,17 +42,17 @@ def merge_adapter(folder: Path, locate: Callable[[str, str | None], Path]) -> Pa
     SrmuError where the base is not found, or peft cannot put the adapter into it.
     """
     settings = read_json(folder / ADAPTER)
-    named = settings.get("base_model_name_or_path")
+    named = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
     if not (folder / ADAPTED).is_file():
         raise SrmuError(f"adapter {folder} has no {ADAPTED}; save it again with peft's save_pretrained")
-    if not named:
+    if not named or not isinstance(named, str):
         raise SrmuError(f"{folder / ADAPTER} names no base_model_name_or_path; write there which model it adapts")
-    beside = folder / named
-    wanted = str(beside if beside.exists() else named)
-    if Path(wanted).expanduser().resolve() == folder.resolve():
-        raise SrmuError(f"{folder / ADAPTER} names the adapter itself as its base")
+    beside = (folder / named).resolve()
+    wanted, revision = (str(beside), None) if beside.exists() else (named, settings.get("revision"))
+    if folder.resolve() in list_chain(beside):
+        raise SrmuError(f"{folder / ADAPTER} leads back to the adapter itself as its base")
     try:
-        base = locate(wanted, settings.get("revision"))
+        base = locate(wanted, None if Path(wanted).expanduser().exists() else revision)
     except SrmuError as error:
         raise SrmuError(f"the base of adapter {folder}: {error}") from error
     held = sorted(path for place in (folder, base) for path in place.iterdir() if path.is_file())
@@ -62,6 +63,18 @@ def merge_adapter(folder: Path, locate: Callable[[str, str | None], Path]) -> Pa
     return place / "model"
 
 
+def list_chain(folder: Path) -> list[Path]:
+    """A folder, and where it is an adapter the folder of its base, and so on, up to one that comes again."""
+    chain: list[Path] = []
+    while folder not in chain:
+        chain.append(folder)
+        if not (folder / ADAPTER).is_file() or (folder / "config.json").is_file():
+            break
+        named = read_json(folder / ADAPTER).get("base_model_name_or_path")
+        folder = (folder / str(named)).resolve()
+    return chain
+
+
 def merge(folder: Path, base: Path, place: Path, source: dict[str, Any]) -> None:
     """Write the base with an adapter in its weights to `place/model`."""
     size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
@@ -70,12 +83,26 @@ def merge(folder: Path, base: Path, place: Path, source: dict[str, Any]) -> None
     try:
         given: dict[str, Any] = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}
         module: Any = AutoModelForCausalLM.from_pretrained(base, **given)
-        module = put_adapter(module, folder).merge_and_unload()
+        module = put_adapter(module, folder)
+        refuse_strays(folder, module)
+        module = module.merge_and_unload()
+        if not all(parameter.isfinite().all() for parameter in module.parameters()):
+            raise ValueError("its weights are not finite")
         words = folder if any(folder.glob("tokenizer*")) else base
         tokenizer = AutoTokenizer.from_pretrained(words, trust_remote_code=False)
     except Exception as error:  # transformers and peft raise many kinds
         raise SrmuError(f"adapter {folder} cannot be merged with {base}: {first_line(error)}") from error
     keep_folder(module, tokenizer, place, {"adapter": source})
+
+
+def refuse_strays(folder: Path, module: Any) -> None:
+    """ValueError where an adapter's file holds tensors that have no place in the model."""
+    from peft import get_peft_model_state_dict
+
+    with safe_open(folder / ADAPTED, "pt") as file:
+        held = {name for name in file.keys() if "lora_" in name}  # noqa: SIM118 (no mapping)
+    if strays := sorted(held - get_peft_model_state_dict(module, save_embedding_layers=False).keys()):
+        raise ValueError(f"it holds {len(strays)} tensors for which the base has no place, the first is {strays[0]}")
 
 
 def put_adapter(module: Any, folder: Path) -> Any:

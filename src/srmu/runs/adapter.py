@@ -36,8 +36,8 @@ class Factors:
 def export_adapter(run: Run, out: Path, error: float) -> dict[str, Any]:
     """Write the adapter to `out`: of each matrix the lowest rank that leaves out at most `error` of the change's norm.
 
-    Returns its ranks and errors by module, and by how much of their norm the logits of base and adapter differ from the
-    run's. SrmuError for a change that no adapter holds.
+    Returns its ranks and errors by module, and how much of what the run does to logits is left out. SrmuError for a
+    change that no adapter holds.
     """
     run.require_model()
     if not 0 < error < 1:
@@ -107,11 +107,13 @@ def write_adapter(run: Run, parts: Mapping[str, Factors], turned: bool, folder: 
 
 
 def compare_logits(run: Run, folder: Path) -> float:
-    """How far logits of the base with the adapter, as peft loads them, are from the run's: a share of their norm."""
+    """How far logits of the base with the adapter are from the run's: a share of what the run changed of the base's."""
     opened = open_target(run, "cpu")
     with opened.after() as module:
         expected = sample_logits(module)
     options = {} if opened.dtype == "auto" else {"dtype": opened.dtype}
     del module, opened  # two models at once may not fit into memory
-    got = sample_logits(put_adapter(load_pretrained(run.base, **options), folder))
-    return float((got - expected).norm() / expected.norm())
+    both = put_adapter(load_pretrained(run.base, **options), folder)
+    with both.disable_adapter():
+        before = sample_logits(both)
+    return float((sample_logits(both) - expected).norm() / (expected - before).norm())
