@@ -82,7 +82,7 @@ def testbed_command(
     world: Annotated[str, Option(help="closed; open: harder; people: benchmarks; atlas: real facts.")] = "closed",
     seed: Annotated[int, Option(help="Each gives another world and model; atlas: other halves.")] = 0,
     entanglement: Annotated[
-        float | None, Option(min=0, max=1, help="What forget and retain-high texts share, 0 to 1 (0.5; atlas, facts: 1).")
+        float | None, Option(min=0, max=1, help="What forget and retain-high share, 0 to 1 (0.5; atlas, facts: 1).")
     ] = None,
     oracle: Annotated[bool, Option("--with-oracle", help="Also a twin that never saw the hazard facts.")] = False,
     model: Annotated[str, Option(help="atlas, --facts: the real model (SmolLM2, if it is installed).")] = "",
