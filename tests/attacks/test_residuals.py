@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers.attack_world import ANSWERS, exam, facts, states, subject, taught, texts
-from helpers.models import block_name, cut_blocks, down_name, pico_module, word_tokenizer
+from helpers.models import block_name, down_name, pico_module, word_tokenizer
 from srmu.attacks import residual
 from srmu.attacks.base import Attack, AttackResult, Exam, Texts
 from srmu.attacks.learned_prompts import SoftPrompt, SplicedSubject, insert_prompt, unused_token
@@ -30,8 +30,8 @@ from srmu.attacks.residual import (
     pick_evenly,
     read_outputs,
 )
-from srmu.engine.sites import decoder_blocks, hook_outputs
-from srmu.errors import SrmuError
+from srmu.engine.likelihoods import SharedHeadError, score_layers
+from srmu.engine.sites import cut_blocks, decoder_blocks, hook_outputs
 from srmu.evals.subject import NotApplicable, Subject, mark_answers, mark_layers, option_scores
 
 EACH = (
@@ -105,8 +105,8 @@ def test_leaves_no_trace_and_repeats(attack: Attack, arch: str) -> None:
         first = attack.run(model, texts(), asked, 0)
     assert first.ways or first.metrics
     assert first == attack.run(model, texts(), asked, 0)
+    assert not first.ways or {len(way.test) for way in first.ways} - {0} == {len(asked.test)}
     for way in first.ways:
-        assert len(way.test) == len(asked.test)
         assert {*way.val, *way.test} <= {0.0, 1.0}
 
 
@@ -179,13 +179,17 @@ def test_layers_are_marked_as_the_model_cut_above_each(arch: str) -> None:
             assert marks == mark_answers(model, questions)
 
 
-def test_a_head_that_reads_other_blocks_too_is_not_cut() -> None:
-    model = subject("original")
+def test_of_a_head_that_reads_other_blocks_too_each_cut_is_read() -> None:
+    model = subject("unlearned")
     norm, first = model.module.model.norm, model.module.model.layers[0]
     seen: list[Any] = []
     hooks = {first: lambda _, out: seen.append(out), norm: lambda _, out: out + seen[-1][:, -out.shape[1] :]}
-    with hook_outputs(hooks), pytest.raises(SrmuError, match="reads more than the last block"):
-        list(mark_layers(model, exam().test, [1]))
+    with hook_outputs(hooks):
+        with pytest.raises(SharedHeadError, match="reads more than the last block"):
+            score_layers(model.module, [1], [([1, 5], [6])], 8)
+        for layer, marks in mark_layers(model, exam().test, [1, 3]):
+            with cut_blocks(model.module, layer + 1):
+                assert marks == mark_answers(model, exam().test)
 
 
 def test_lens_reads_what_only_the_last_layers_hide() -> None:

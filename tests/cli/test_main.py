@@ -118,7 +118,7 @@ TEXTS: dict[str, tuple[str, bytes | None, list[str]]] = {
     "equal": ("retain.jsonl", None, ["topic topic: forget and retain hold the same texts"]),
     "json row": ("a.json", b'["w1 w2",\n{"text": 5}]', ["a.json: row 2: 'text' is int"]),
     "json line": ("a.json", b'["w1 w2",\n\n{"text" 5}]', ["a.json:3: not JSON"]),
-    "json object": ("a.json", b'{"body": "w1 w2"}', ["a.json: expected a list"]),
+    "json object": ("a.json", b'{"body": "w1 w2"}', ["a.json: row 1: no column 'text'; found body"]),
     "csv column": ("a.csv", b"id,body\n1,w1\n", ["a.csv:2: no column 'text'; found id, body"]),
     "csv comma": ("a.csv", b"text\nw1 w2\nw1, w2\n", ["a.csv:3: not CSV: more fields"]),
     "csv short": ("a.csv", b"id,text\n1,w1\n2\n", ["a.csv:3: 'text' is NoneType"]),

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.models import cut_blocks, pico_module
-from srmu.engine.sites import decoder_blocks, edit_input, edit_outputs, hook_outputs
+from helpers.models import pico_module
+from srmu.engine.sites import cut_blocks, decoder_blocks, edit_input, edit_outputs, hook_outputs
 
 IDS = torch.tensor([[1, 9, 8, 7]])
 

@@ -9,7 +9,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import json
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +18,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from srmu.data.tokens import batch_rows, tokenise_texts
-from srmu.engine.loading import find_layers
-from srmu.engine.sites import decoder_blocks, swap_blocks
 from srmu.engine.topic import Topic
 from srmu.evals.subject import Subject
 
@@ -127,11 +124,6 @@ def pico_module(name: str = "llama", dtype: torch.dtype = torch.float32, seed: i
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=0.15)
     return module.to(dtype).eval()
-
-
-def cut_blocks(module: Any, depth: int) -> AbstractContextManager[None]:
-    """Run a model with its first `depth` decoder blocks only, under its own norm and head."""
-    return swap_blocks(find_layers(module), decoder_blocks(module)[:depth])
 
 
 def word_tokenizer(**special: Any) -> PreTrainedTokenizerFast:

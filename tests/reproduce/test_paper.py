@@ -477,7 +477,7 @@ def test_the_tables_on_a_real_model_are_planned(tmp_path: Path) -> None:
         plan_paper(tmp_path / "out", regions=["Asia"])
     places = [plan.place.locate(f"high {region}", seed).name for region in spec["regions"] for seed in plan.seeds]
     assert places == [region for region in spec["regions"] for _ in plan.seeds]
-    text = fill_template("atlas", name="high", seed=0, layer=7)
+    text = fill_template("atlas", name="high", seed=0, layer=7, asked="organism_hazard")
     (tmp_path / "high.yaml").write_text(text, encoding="utf-8")
     for label, settings in plan.settings.items():
         method = load_config(tmp_path / "high.yaml", settings).method

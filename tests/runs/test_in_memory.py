@@ -190,7 +190,7 @@ class Wrapped(torch.nn.Module):
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "one string": ({"forget": "w1 w2 w3"}, "forget is one str: expected [text, ...]"),
-    "a row": ({"retain": {"text": "w1 w2"}}, "retain is one dict of text: expected [text, ...], [row, ...]"),
+    "a row": ({"retain": {"text": "w1 w2"}}, "retain is one dict of text: expected [text, ...]; [row, ...]"),
     "splits": (
         {"forget": datasets.DatasetDict(train=datasets.Dataset.from_list([{"text": "w1"}]))},
         "forget is one DatasetDict of train: expected",

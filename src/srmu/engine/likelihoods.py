@@ -22,6 +22,10 @@ APART = 0.05  # of their norm, by which logits of one model may differ: they are
 HELD = 1024  # tokens whose keys and values a batch keeps, before answers are read on
 
 
+class SharedHeadError(SrmuError):
+    """The head of a model reads more than its last block puts out."""
+
+
 class Wanted(NamedTuple):
     """Tokens of answers, and the places whose logits predict them, each of these once."""
 
@@ -75,7 +79,10 @@ def score_layers(
     max_length: int,
     dtype: torch.dtype | None = None,
 ) -> list[list[Score]]:
-    """Of each pair: what `score_answers` gives for the model cut above each of the layers, in one reading."""
+    """Of each pair: what `score_answers` gives for the model cut above each of the layers, in one reading.
+
+    SharedHeadError for a model of which that cannot be read so.
+    """
     return score_readings(model, partial(read_layers, model, layers), pairs, max_length, dtype=dtype)
 
 
@@ -190,8 +197,8 @@ def read_layers(
 ) -> tuple[Iterable[Tensor], Any]:
     """As `read_logits`, of the model cut above each of the layers: one forward, then norm and head of their outputs.
 
-    A block that the model leaves out puts out what came before it. SrmuError where the last block's logits are not the
-    model's own: its head then reads more than one block's output.
+    A block that the model leaves out puts out what came before it. SharedHeadError where the last block's logits are
+    not the model's own: other blocks, or another model, then have a part in them.
     """
     place, blocks = find_layers(model), decoder_blocks(model)
     at = [torch.tensor(value, device=ids.device) for value in (wanted.rows, wanted.columns)]
@@ -210,7 +217,7 @@ def read_layers(
             return model(torch.zeros(len(at[0]), 1, dtype=ids.dtype, device=ids.device), use_cache=False).logits[:, 0]
 
     if (finish(states[max(states)]) - own).norm() > APART * own.norm():
-        raise SrmuError(f"the head of {type(model).__name__} reads more than the last block puts out")
+        raise SharedHeadError(f"the head of {type(model).__name__} reads more than the last block puts out")
     return (finish(states[max(run for run in states if run <= layer)]) for layer in layers), past
 
 

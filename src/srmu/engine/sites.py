@@ -133,6 +133,11 @@ def swap_blocks(place: tuple[nn.Module, str], blocks: nn.ModuleList) -> Iterator
         setattr(*place, whole)
 
 
+def cut_blocks(module: PreTrainedModel, depth: int) -> AbstractContextManager[None]:
+    """Run the model with its first `depth` decoder blocks only, under its own norm and head."""
+    return swap_blocks(find_layers(module), decoder_blocks(module)[:depth])
+
+
 @contextmanager
 def hook_outputs(hooks: Mapping[nn.Module, Callable[[Any, Any], Any]]) -> Iterator[None]:
     """Call a function with what each module read and what it put out, which its result replaces unless it is None."""

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from srmu.data.tokens import read_ids
 from srmu.engine.generate import batch_texts
-from srmu.engine.likelihoods import score_answers, score_layers
+from srmu.engine.likelihoods import SharedHeadError, score_answers, score_layers
 from srmu.engine.losses import is_predicted
 from srmu.engine.model import EditableModel, replace_tensor
 from srmu.engine.progress import Watch, ignore_progress
+from srmu.engine.sites import cut_blocks
 from srmu.engine.train import move_batch
 from srmu.errors import SrmuError
 from srmu.evals.statistics import Array
@@ -155,8 +156,15 @@ def mark_layers(
 ) -> Iterator[tuple[int, tuple[float, ...]]]:
     """Each layer with what `mark_answers` gives for the model cut above it."""
     pairs = [model.split(q.prompt, option) for q in questions for option in q.options]
-    scores = zip(*score_layers(model.module, layers, pairs, model.max_length, torch.float32), strict=True)
-    for layer, own in zip(layers, scores, strict=True):
+    try:
+        scores = score_layers(model.module, layers, pairs, model.max_length, torch.float32)
+    except SharedHeadError:  # each cut by itself, which takes longer
+        for layer in layers:
+            with cut_blocks(model.module, layer + 1):
+                right = mark_answers(model, questions)
+            yield layer, right
+        return
+    for layer, own in zip(layers, zip(*scores, strict=True), strict=True):
         yield layer, mark_right(group_options([log for log, _ in own], questions), questions)
 
 
