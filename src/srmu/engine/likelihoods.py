@@ -37,7 +37,7 @@ class Wanted(NamedTuple):
 
     @classmethod
     def of(cls, answers: Iterable[tuple[int, int, Sequence[int]]]) -> "Wanted":
-        """What is wanted of answers: the row of each, the column that predicts its first token, and its tokens."""
+        """From answers: the row of each, the column whose logits predict its first token, and its tokens."""
         places: dict[tuple[int, int], int] = {}
         wanted = cls([], [], [], [], [])
         for row, column, answer in answers:
@@ -81,7 +81,7 @@ def score_layers(
 ) -> list[list[Score]]:
     """Of each pair: what `score_answers` gives for the model cut above each of the layers, in one reading.
 
-    SharedHeadError for a model of which that cannot be read so.
+    SharedHeadError where one reading cannot give this.
     """
     return score_readings(model, partial(read_layers, model, layers), pairs, max_length, dtype=dtype)
 
@@ -216,9 +216,11 @@ def read_layers(
         with swap_blocks(place, blocks[:1]), edit_outputs({blocks[0]: lambda _: state}):
             return model(torch.zeros(len(at[0]), 1, dtype=ids.dtype, device=ids.device), use_cache=False).logits[:, 0]
 
-    if (finish(states[max(states)]) - own).norm() > APART * own.norm():
+    last = max(states)
+    if (finish(states[last]) - own).norm() > APART * own.norm():
         raise SharedHeadError(f"the head of {type(model).__name__} reads more than the last block puts out")
-    return (finish(states[max(run for run in states if run <= layer)]) for layer in layers), past
+    below = (max(run for run in states if run <= layer) for layer in layers)
+    return (own if layer == last else finish(states[layer]) for layer in below), past
 
 
 def keeps_past(model: Any) -> bool:

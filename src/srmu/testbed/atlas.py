@@ -6,12 +6,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from srmu.engine.devices import find_device
 from srmu.engine.files import require_free
 from srmu.engine.progress import Watch, ignore_progress
-from srmu.engine.weights import locate_model
 from srmu.errors import SrmuError
-from srmu.testbed.known import OriginalModel, build_known, find_default, has_name
+from srmu.testbed.build import require_share
+from srmu.testbed.known import OriginalModel, build_known, has_name
 from srmu.testbed.places import list_city_facts, list_country_facts, list_general_facts, list_place_names, read_places
 from srmu.testbed.world import read_wording
 
@@ -35,20 +34,17 @@ def build_atlas(
     `entanglement` is the share of the documents of retain-high that tell facts about places; the model wrote the rest.
     """
     regions = list_regions(region)
-    if not 0 <= entanglement <= 1:
-        raise SrmuError(f"entanglement {entanglement} is outside 0-1")
+    require_share(entanglement)
     read_places()  # what is missing must show before the work
     require_free(out)
-    base = locate_model(model or str(find_default()))
-    original = OriginalModel(base, find_device(device), watch)
+    original = OriginalModel.find(model, device, watch)
     counts = dict.fromkeys(regions, BESIDE) | {region: CITIES}
     cities = [original.ask(f"cities of {name}", list_city_facts(name, count)) for name, count in counts.items()]
     known = {name: len(answers.list_known()) for name, answers in zip(counts, cities, strict=True)}
     if known[region] < LEAST:
         most = ", ".join(f"{name} {known[name]}" for name in sorted(regions, key=lambda name: -known[name]))
-        raise SrmuError(
-            f"{base} knows {known[region]} of the facts on {region}, and {LEAST} are needed; of all regions: {most}"
-        )
+        enough = f"{known[region]} of the facts on {region}, and {LEAST} are needed"
+        raise SrmuError(f"{original.base} knows {enough}; of all regions: {most}")
     beside = original.ask(f"countries of {region}", [*list_country_facts(region)])
     general = original.ask("other kinds of facts", [*list_general_facts()])
     known_facts = [fact for answers in cities for fact in answers.list_known()]

@@ -43,8 +43,7 @@ def build_testbed(
     """
     if world not in WORLDS:
         raise SrmuError(f"world {world!r} does not exist{suggest_word(world, [*WORLDS, 'atlas'])}")
-    if not 0 <= entanglement <= 1:
-        raise SrmuError(f"entanglement {entanglement} is outside 0-1")
+    require_share(entanglement)
     create, usual = WORLDS[world]
     recipe = recipe or usual
     made = create(seed, recipe.size)
@@ -72,6 +71,11 @@ def build_testbed(
             write_whole(folder / f"{name}.yaml", config)
         write_json(folder / "organism.json", report)
     return report
+
+
+def require_share(entanglement: float) -> None:
+    if not 0 <= entanglement <= 1:
+        raise SrmuError(f"entanglement {entanglement} is outside 0-1")
 
 
 def measure_overlap(corpora: Mapping[str, list[str]]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A testbed of facts that a model knows: it is asked, its texts are told, and what it does not know is the floor."""
+"""A testbed of facts that a model knows: it is asked for each, and the facts that it fails are the floor of attacks."""
 
 import os
 import random
@@ -10,18 +10,19 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import AutoTokenizer
 
 from srmu.engine import converted
+from srmu.engine.devices import find_device
 from srmu.engine.files import cached, require_space, sha256, whole_folder, write_json, write_whole
 from srmu.engine.generate import sample_continuations
 from srmu.engine.likelihoods import score_answers, split_answers
 from srmu.engine.loading import choose_dtype, load_module, read_config
 from srmu.engine.progress import Watch
-from srmu.engine.weights import fingerprint_model
+from srmu.engine.weights import fingerprint_model, locate_model
 from srmu.errors import SrmuError
 from srmu.testbed.benchmark_files import write_rows
 from srmu.testbed.build import fill_template, measure_overlap, write_tasks
@@ -68,8 +69,8 @@ def build_known(
 ) -> dict[str, Any]:
     """Write the testbed of facts by kind to `out` (whole or not at all) and return what `organism.json` says.
 
-    `is_named` tells a text that the model's own writing is not to hold, `report` is what else is to be said, `held` are
-    the thirds of a kind's facts that no text tells. Without neighbour facts there is no entangled retain set.
+    `is_named` recognises texts that must not be in the model's own writing; `report` has further entries for the JSON
+    file; `held` names the thirds of each kind that no text states. Without neighbour facts, retain-high is left out.
     """
     facts = divide_facts(kinds, seed, held)
     written = original.write_texts(seed, WRITTEN + DOCUMENTS, is_named)
@@ -106,7 +107,7 @@ def build_known(
 
 
 def choose_names(facts: Sequence[RealFact]) -> list[str]:
-    """The subjects of the facts to forget; of a region's those of its cities, which methods may swap for each other."""
+    """The subjects of the facts to forget, which methods may swap for each other; of a region, only its cities."""
     hazard = [fact for fact in facts if fact.relation.kind == "hazard"]
     cities = [fact for fact in hazard if fact.place and fact.relation.name == "city"]
     return sorted({fact.subject for fact in cities or hazard})
@@ -128,6 +129,11 @@ class OriginalModel:
     base: Path
     device: str
     watch: Watch
+
+    @classmethod
+    def find(cls, model: str, device: str, watch: Watch) -> Self:
+        """The model of a name; of "" the small one that the registry has."""
+        return cls(locate_model(model or str(find_default())), find_device(device), watch)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -164,7 +170,7 @@ class OriginalModel:
         return [values.index(max(values)) == row["gold"] for values, row in zip(answers, rows, strict=True)]
 
     def write_texts(self, seed: int, count: int, is_named: Callable[[str], object]) -> list[str]:
-        """So many texts that the model writes itself, after neutral openings, none of which `is_named`."""
+        """`count` texts that the model writes after neutral openings, without those for which `is_named` is true."""
         texts: list[str] = []
         with self.watch("the model writes texts of its own", count) as tick:
             for number in range(ROUNDS * -(-count // SAMPLED)):
