@@ -1,5 +1,6 @@
 """No sockets, one thread, a cache folder for each test; models come from `helpers.models`."""
 
+import gc
 import os
 import socket
 import sys
@@ -25,6 +26,14 @@ def processor() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("srmu.engine.loading.computes_bf16", lambda: True)
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def settled() -> None:
+    """What is held when a module of tests begins is not looked through again: each run collects garbage, and the
+    libraries and thousands of tests are none."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
