@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers import attack_world as world
+from helpers import processes
 from helpers.benchmark_sets import write_sets
 from helpers.models import Call, fill, texts
 from helpers.rank_worker import CASES, DIES_AT, STEPS, WHOLE, config
@@ -28,7 +30,7 @@ from srmu.runs.run import Run, unlearn_config
 
 KINDS = ("plain", "sharded")
 WORKER = str(Path(__file__).parents[1] / "helpers" / "rank_worker.py")
-LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 # Sums over rows are taken in another order: by rank first. Their rounding is of 1e-7 of the
 # gradient; Adam's first steps divide by its size, so that it shows where that is near 0.
 LOSS, DELTA_SHARE = 1e-4, 1e-3
@@ -38,8 +40,18 @@ ROUNDED, ROUNDED_SHARE = 0.01, 0.5  # measured: 0.33 (srmu), 0.05 (npo)
 
 
 def launch(*words: str) -> subprocess.CompletedProcess[str]:
+    """Two ranks that load the libraries, as a person starts them."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([*LAUNCHER, *words], env=environment, capture_output=True, text=True, timeout=300)
+    started = [sys.executable, *LAUNCHER, *words]
+    return subprocess.run(started, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def fork(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """The same, but that the ranks have the libraries; what they say lies in a new folder of `place`."""
+    said = Path(tempfile.mkdtemp(dir=place))
+    out, err = said / "out", said / "err"
+    code = processes.start(*words, out=out, err=err, ranks=2).wait()
+    return subprocess.CompletedProcess(words, code, out.read_text(), err.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +65,7 @@ def made(folder: Path) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SRMU_CACHE", str(folder / "cache"))
         for kind in KINDS:
-            done = launch(WORKER, str(folder), kind, kind, *CASES)
+            done = fork(folder, WORKER, str(folder), kind, kind, *CASES)
             assert done.returncode == 0, done.stderr[-3000:]
         return {case: unlearn_config(config(folder, "one", case)) for case in CASES}
 
@@ -108,7 +120,7 @@ def test_one_process_goes_on_where_two_were_killed(
 ) -> None:
     monkeypatch.setenv("SRMU_CACHE", str(folder / "cache"))
     name = f"died-{kind}"
-    died = launch(WORKER, str(folder), name, kind, "--die", "npo")
+    died = fork(folder, WORKER, str(folder), name, kind, "--die", "npo")
     (folder / "steps").unlink()
     assert died.returncode != 0
     assert "rank" in died.stderr and "SIGKILL" in died.stderr
@@ -123,7 +135,7 @@ def test_one_process_goes_on_where_two_were_killed(
 
 @pytest.mark.slow
 def test_the_error_of_one_rank_is_named_and_ends_all(folder: Path) -> None:
-    failed = launch(WORKER, str(folder), "failed", "plain", "--fail", "srmu")
+    failed = fork(folder, WORKER, str(folder), "failed", "plain", "--fail", "srmu")
     assert failed.returncode != 0
     assert "srmu: rank 1 of 2: its disk is not there" in failed.stderr
     assert not (folder / "failed").exists()
@@ -191,7 +203,7 @@ def test_two_processes_score_what_one_does(
     monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "one"))
     alone = json.loads(call(*asked(attacked, "eval"), "--json").out)
     monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "two"))
-    both = launch("-m", "srmu", *asked(attacked, "eval"), "--json")
+    both = fork(tmp_path, "-m", "srmu", *asked(attacked, "eval"), "--json")
     assert both.returncode == 0, both.stderr
     assert json.loads(both.stdout) == alone
     assert alone["before"]["hazard/acc"] != alone["after"]["hazard/acc"]
@@ -209,7 +221,7 @@ def test_two_processes_ask_a_suite_as_one_does(
     monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "one"))
     alone = json.loads(call(*words).out)
     monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "two"))
-    both = launch("-m", "srmu", *words)
+    both = fork(tmp_path, "-m", "srmu", *words)
     assert both.returncode == 0, both.stderr
     assert json.loads(both.stdout) == alone
     assert alone["before"] != alone["after"]
@@ -224,7 +236,7 @@ def test_two_processes_attack_as_one_does(
     monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "one"))
     alone = json.loads(call(*asked(attacked, "attack", *more)).out)
     monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "two"))
-    both = launch("-m", "srmu", *asked(attacked, "attack", *more))
+    both = fork(tmp_path, "-m", "srmu", *asked(attacked, "attack", *more))
     assert both.returncode == 0, both.stderr
     found = json.loads(both.stdout)
     for report in (alone, found):
@@ -252,7 +264,7 @@ def test_what_fails_on_one_rank_ends_all(attacked: Path, tmp_path: Path) -> None
         "suite.try_attack = fail\n"
         "main()\n"
     )
-    failed = launch(str(script), *asked(attacked, "attack", "--attacks", "format_shift"))
+    failed = fork(tmp_path, str(script), *asked(attacked, "attack", "--attacks", "format_shift"))
     assert failed.returncode != 0
     assert "srmu: rank 1 of 2: this rank cannot attack" in failed.stderr
 
