@@ -2,7 +2,6 @@
 
 import json
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from helpers import attack_world
+from helpers import attack_world, processes
 from helpers.models import write_jsonl
 from srmu.cli import main
 from srmu.errors import SrmuError
@@ -78,13 +77,12 @@ def run(command: str) -> int:
 
 def killed(config: str, until: str) -> int:
     """The exit code of a process that is killed as soon as such a file is there."""
-    with Path("output.txt").open("a") as output:
-        words = [sys.executable, "-m", "srmu", "unlearn", config]
-        process = subprocess.Popen(words, stdout=output, stderr=output)
-        while process.poll() is None and not [*Path().rglob(until)]:
-            time.sleep(0.01)
-        process.kill()
-        return process.wait()
+    said = Path("output.txt")
+    process = processes.start("-m", "srmu", "unlearn", config, out=said.absolute(), err=said.absolute())
+    while process.poll() is None and not [*Path().rglob(until)]:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    return process.wait()
 
 
 def forms(tokenizer: Any) -> Iterator[bytes]:

@@ -2,8 +2,6 @@
 
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 
 from helpers import attack_world as world
+from helpers import processes
 from helpers.models import write_jsonl
 from srmu.attacks import ATTACKS, suite
 from srmu.attacks.base import Attack, AttackResult, Exam, Setting, ask_exam, choose_setting
@@ -379,12 +378,11 @@ def test_a_subject_is_as_before() -> None:
 @pytest.mark.slow
 def test_a_killed_suite_ends_with_the_same_report(run: Run, place: Path) -> None:
     """What was found before the kill is not looked for again."""
-    words = [sys.executable, "-m", "srmu", "attack", str(run.folder), "--tasks", "hazard"]
-    words += ["--neutral", str(place / "neutral.jsonl")]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = ["-m", "srmu", "attack", str(run.folder), "--tasks", "hazard"]
+    process = processes.start(*words, "--neutral", str(place / "neutral.jsonl"))
     while process.poll() is None and len([*(place / "cache" / "attacks").glob("*.json")]) < 3:
         time.sleep(0.01)
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (run.folder / RESULTS).exists()
     kept = {p: p.stat().st_mtime_ns for p in (place / "cache" / "attacks").glob("*.json")}

@@ -5,12 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from helpers.models import Call, save_pico
+from helpers.models import ARCHITECTURES, Call, save_pico
 from srmu.cli.output import shorten_path
 from srmu.errors import SrmuError
 from srmu.runs.plan import load_tokenizer
-
-CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def test_a_path_has_no_steps_back_unless_a_link_needs_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,10 +26,13 @@ def test_a_run_of_a_config_in_a_folder_lies_beside_it(
     tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("srmu.runs.estimate.speed_elsewhere", lambda *given: 1e12)
     (tmp_path / "configs").mkdir()
     topic = "topics: {t: {forget: [{path: f.jsonl}], retain: [{path: f.jsonl}]}}"
+    kind, sizes = ARCHITECTURES["llama"]
+    kind(**sizes, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path / "dimensions")
     (tmp_path / "configs/one.yaml").write_text(
-        f"model: {CONFIGS / 'models/llama-3.2-1b'}\nmethod: npo\nruns_dir: ../runs\n{topic}\n"
+        f"model: {tmp_path / 'dimensions'}\nmethod: npo\nruns_dir: ../runs\n{topic}\n"
     )
     done = call("unlearn", "configs/one.yaml", "--dry-run")
     assert done.code == 0, done.err

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import processes
 from helpers.models import both_ways, fill
 from srmu.engine.resume import Checkpoints, pack_memory, unpack_memory
 from srmu.errors import SrmuError
@@ -268,7 +269,7 @@ def test_what_is_packed_comes_back() -> None:
 
 
 def command(made: Config) -> list[str]:
-    return [sys.executable, "-m", "srmu", "unlearn", made.runs_dir + ".yaml"]
+    return ["-m", "srmu", "unlearn", made.runs_dir + ".yaml"]
 
 
 def kill_until_done(made: Config, rng: random.Random, kills: int) -> tuple[Run, int]:
@@ -276,14 +277,14 @@ def kill_until_done(made: Config, rng: random.Random, kills: int) -> tuple[Run, 
     Path(made.runs_dir + ".yaml").write_text(made.to_yaml())
     survived = 0
     for _ in range(kills):
-        started = subprocess.Popen(command(made), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        started = processes.start(*command(made))
         folder = folder_of(made)
         while started.poll() is None and not (folder / "metrics.jsonl").exists():
             time.sleep(0.01)  # before that there is nothing to lose
         time.sleep(rng.uniform(0, 0.4))
         started.send_signal(signal.SIGKILL)
         survived += started.wait() == -signal.SIGKILL
-    assert subprocess.run(command(made), capture_output=True).returncode == 0
+    assert processes.start(*command(made)).wait() == 0
     return Run.open(folder_of(made)), survived
 
 

@@ -6,6 +6,7 @@ python -m helpers.processes      the server; it reads a line of JSON a request f
 
 import atexit
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -16,6 +17,16 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+# what the programs of tests need most
+LOADED = (
+    "torch.distributed.run",
+    "transformers.models.llama.modeling_llama",
+    "helpers.rank_worker",
+    "srmu.attacks.suite",
+    "srmu.cli.main",
+    "srmu.evals.score",
+)
 
 
 @dataclass
@@ -113,13 +124,8 @@ def become(request: dict[str, Any]) -> None:
 
 
 def serve() -> None:
-    import torch.distributed.run
-    import transformers.models.llama.modeling_llama
-
-    import helpers.rank_worker
-    import srmu.attacks.suite
-    import srmu.cli.main
-    import srmu.evals.score
+    for name in LOADED:
+        importlib.import_module(name)
 
     gc.collect()
     gc.freeze()

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import namedtuple
 from collections.abc import Callable
@@ -16,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers import processes
 from helpers.models import pico_module, texts, word_tokenizer, write_jsonl
 from srmu.engine import weights
 from srmu.engine.loading import load_module
@@ -86,11 +85,12 @@ Run.open(sys.argv[1]).export(sys.argv[2])
 @pytest.mark.slow
 def test_a_real_limit_of_the_file_size(made: Path, tmp_path: Path) -> None:
     largest = max(p.stat().st_size for p in (made / "model").iterdir())
-    words = [sys.executable, "-c", LIMITED, str(made / "run"), str(tmp_path / "out")]
-    done = subprocess.run([*words, str(largest - 1)], capture_output=True, text=True)
-    assert "File too large" in done.stderr
-    assert {p.name for p in tmp_path.iterdir()} <= {"cache"}
-    assert subprocess.run([*words, str(largest + 100_000)]).returncode == 0
+    words = ["-c", LIMITED, str(made / "run"), str(tmp_path / "out")]
+    said = tmp_path / "said"
+    assert processes.start(*words, str(largest - 1), err=said).wait() != 0
+    assert "File too large" in said.read_text()
+    assert {p.name for p in tmp_path.iterdir()} <= {"cache", "said"}
+    assert processes.start(*words, str(largest + 100_000)).wait() == 0
 
 
 def test_free_space_is_asked_for_first(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,8 +109,7 @@ EXPORT = "import sys; from srmu.runs.run import Run; Run.open(sys.argv[1]).expor
 @pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("seconds", [0.0, 0.005, 0.02])
 def test_an_export_killed_while_it_writes_leaves_no_model(made: Path, tmp_path: Path, seconds: float) -> None:
-    words = [sys.executable, "-c", EXPORT, str(made / "run"), str(tmp_path / "out")]
-    process = subprocess.Popen(words)
+    process = processes.start("-c", EXPORT, str(made / "run"), str(tmp_path / "out"))
     while process.poll() is None and not [*tmp_path.glob(".out.*")]:
         pass
     time.sleep(seconds)
