@@ -349,8 +349,11 @@ def test_a_pattern_of_data_files(model, tokenizer, tmp_path):
     assert evaluate(model, tokenizer, ["quiz"], tasks_dir=tasks_dir)["quiz/acc"]["n"] == 8
 
 
-def test_includes_groups_and_tags(model, tokenizer, tmp_path):
+def test_includes_groups_and_tags(model, tokenizer, tmp_path, monkeypatch):
     """As lm-eval --include_path takes them; a file that is not asked for may hold code, and copies are passed over."""
+    use_builtin(monkeypatch, write_task(tmp_path / "builtin", questions(1), "other"))
+    # where a group names what is not beside it, a run lists lm-eval's own folder again
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tmp_path / "builtin" / "manager.py"))
     tasks_dir = write_task(tmp_path / "tasks", questions(5))
     base = (tasks_dir / "quiz.yaml").read_text().replace("task: quiz\n", "")
     (tasks_dir / "quiz.yaml").unlink()
