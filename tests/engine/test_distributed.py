@@ -120,7 +120,7 @@ def test_one_process_goes_on_where_two_were_killed(
 ) -> None:
     monkeypatch.setenv("SRMU_CACHE", str(folder / "cache"))
     name = f"died-{kind}"
-    died = fork(folder, WORKER, str(folder), name, kind, "--die", "npo")
+    died = launch(WORKER, str(folder), name, kind, "--die", "npo")
     (folder / "steps").unlink()
     assert died.returncode != 0
     assert "rank" in died.stderr and "SIGKILL" in died.stderr
