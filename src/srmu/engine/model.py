@@ -18,7 +18,7 @@ from srmu.engine import distributed
 from srmu.engine.activation_cache import Activations
 from srmu.engine.devices import return_freed_blocks
 from srmu.engine.loading import find_layers, load_module, read_config
-from srmu.engine.sites import Site, catch_value, hook_outputs, in_role, shape_by_token, swap_blocks
+from srmu.engine.sites import Site, catch_value, hook_outputs, in_role, is_stack, shape_by_token, swap_blocks
 from srmu.engine.topic import Batch
 from srmu.errors import SrmuError, first_line
 
@@ -26,9 +26,9 @@ from srmu.errors import SrmuError, first_line
 class EditableModel:
     """A causal LM cut to `depth` layers, in which only the parameters named `trainable` change.
 
-    `trainable` holds roles by layer (`"7.mlp_down"`) or glob patterns of parameter names, whose originals are kept: the
-    frozen model is this same module inside `frozen()`. The layers below the first trained one run once per batch;
-    `activations` keeps the output of the last of them.
+    `trainable` holds roles by layer (`"7.mlp_down"`, `"7.mlp+router"`) or glob patterns of parameter names, whose
+    originals are kept: the frozen model is this same module inside `frozen()`. The layers below the first trained one
+    run once per batch; `activations` keeps the output of the last of them.
     """
 
     def __init__(
@@ -196,14 +196,20 @@ class EditableModel:
         from peft import LoraConfig, inject_adapter_in_model
 
         dense = self.trained, self.original
-        owners = {name.rpartition(".")[0]: name for name in self.trained}
-        turned = any(map(self.is_transposed, owners.values()))
-        settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=[*owners], fan_in_fan_out=turned)
+        stacks = [name for name, parameter in self.trained.items() if is_stack(name, parameter)]
+        maps = [name for name in self.trained if name not in stacks]
+        settings = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            target_modules=[name.rpartition(".")[0] for name in maps] or None,
+            target_parameters=[f"model.{name}" for name in stacks] or None,
+            fan_in_fan_out=any(map(self.is_transposed, maps)),
+        )
         with torch.random.fork_rng(range(torch.accelerator.device_count())):
             torch.manual_seed(seed)
             # not the model itself: peft would give the experts other adapters
             inject_adapter_in_model(settings, nn.ModuleDict({"model": self.module}))
-        self._adapters = {name: self.module.get_submodule(m) for m, name in owners.items()}
+        self._adapters = {name: self._find_adapter(name) for name in self.trained}
         for parameter in dense[0].values():
             parameter.requires_grad_(False)
         self.trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
@@ -211,8 +217,8 @@ class EditableModel:
         try:
             yield
         finally:
-            for module, name in owners.items():
-                self.module.set_submodule(module, self._adapters[name].get_base_layer())
+            for name, adapter in self._adapters.items():
+                self.module.set_submodule(name.rpartition(".")[0], adapter.get_base_layer())
             self.trained, self.original = dense
             self._adapters = {}
             for parameter in self.trained.values():
@@ -221,9 +227,17 @@ class EditableModel:
     @torch.no_grad()
     def merge(self) -> None:
         """Add the effect of the adapters to the matrices beside them, in float32."""
-        for adapter in self._adapters.values():
-            weight = adapter.get_base_layer().weight
+        for name, adapter in self._adapters.items():
+            weight = getattr(adapter.get_base_layer(), name.rpartition(".")[2])
             weight.copy_(weight.float() + adapter.get_delta_weight("default").float())
+
+    def _find_adapter(self, name: str) -> Any:
+        """The adapter beside a matrix or a stack of them; those of several stacks of a module wrap each other."""
+        owner, _, last = name.rpartition(".")
+        adapter = self.module.get_submodule(owner)
+        while getattr(adapter, "parameter_name", last) != last:
+            adapter = adapter.base_layer
+        return adapter
 
     @contextmanager
     def only(self, trainable: Sequence[str]) -> Iterator[None]:
@@ -284,11 +298,11 @@ class EditableModel:
         every = dict(self.module.named_parameters(remove_duplicate=False))
         chosen: dict[str, nn.Parameter] = {}
         for pattern in trainable:
-            if match := re.fullmatch(r"(\d+|\*)\.(\w+)", pattern):
+            if match := re.fullmatch(r"(\d+|\*)\.([\w+]+)", pattern):
                 matches = []
                 for layer in range(len(self.layers)) if match[1] == "*" else [int(match[1])]:
                     self._check_loaded(layer)
-                    inside = in_role(self.layers[layer], match[2])
+                    inside = [n for role in match[2].split("+") for n in in_role(self.layers[layer], role)]
                     matches += [f"{self._prefix}.{layer}.{name}" for name in inside]
             else:
                 matches = [name for name in every if fnmatchcase(name, pattern)]

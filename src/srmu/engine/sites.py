@@ -1,7 +1,7 @@
 """Places in a model: where activations are read and changed by hooks, and where the weights of a role lie."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,8 @@ DOWN = re.compile(
     r"(.*\.)?(down_proj|proj_down|c_proj|dense_4h_to_h|fc2|fc_out|w2|w_out|Wo|ffn\.2|feed_forward\.(output|value)"
     r"|output_linear|output\.dense)(\.weight)?"
 )
-ELSEWHERE = re.compile("attn|attention|router|gate\\.")  # names of matrices that are no part of an MLP
+ELSEWHERE = re.compile("attn|attention|norm|router|gate\\.")  # names of matrices that are no part of an MLP
+ROUTER = re.compile(r"(.*\.)?(router|gate|shared_expert_gate)(\..*)?")  # what sends a token to experts
 
 
 @dataclass(frozen=True)
@@ -68,20 +69,60 @@ def catch_value(layer: nn.Module, stream: Stream) -> Iterator[list[Tensor]]:
 
 
 def in_role(layer: nn.Module, role: str) -> list[str]:
-    """The names, in a decoder layer, of the weights in a role: `mlp_down`, all `linear` maps, or those of the `mlp`.
+    """The names of a decoder layer's weights in a role: `mlp_down`, all `linear` maps, those of the `mlp`, `router`.
 
-    In a mixture of experts `mlp_down` is the one tensor of all routed experts.
+    Those of experts count as well: routed ones lie in one tensor of three dimensions, shared ones beside it. A layer
+    may have no router.
     """
-    if role in ("linear", "mlp"):
-        names = [f"{n}.weight" for n, m in layer.named_modules() if is_linear(m)]
-        return [n for n in names if role == "linear" or not re.search("attn|attention", n)]
-    if role != "mlp_down":
-        raise SrmuError(f"role {role!r} does not exist; choose one of mlp_down, linear, mlp")
-    names = [name for name, _ in layer.named_parameters()]
-    downs = [name for name in names if "mlp_down" in name_roles(name) and "shared" not in name]
-    if not downs:
-        raise SrmuError(f"{type(layer).__name__} has no weight in the role {role!r}; it has {', '.join(names)}")
-    return sorted(downs, key=lambda name: "experts" in name)[:1]
+    named = dict(layer.named_parameters())
+    maps = [f"{n}.weight" for n, m in layer.named_modules() if is_linear(m)]
+    maps += [name for name, parameter in named.items() if is_stack(name, parameter)]
+    found = {
+        # Zamba's layers share a block, which no layer can change for itself
+        "mlp_down": [name for name in named if "mlp_down" in name_roles(name) and "shared_transf" not in name],
+        "mlp": [name for name in maps if not re.search("attn|attention", name) and not ROUTER.fullmatch(name)],
+        "linear": maps,
+        "router": [name for name, parameter in named.items() if parameter.ndim == 2 and ROUTER.fullmatch(name)],
+    }
+    if role not in found:
+        raise SrmuError(f"role {role!r} does not exist; choose one of {', '.join(found)}")
+    if not found[role] and role == "mlp_down":
+        raise SrmuError(f"{type(layer).__name__} has no weight in the role {role!r}; it has {', '.join(named)}")
+    return found[role]
+
+
+def is_stack(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter of that name holds the matrices of all experts, one on top of the other."""
+    return parameter.ndim == 3 and bool(re.search("expert|put_linear", name))
+
+
+def find_routers(layer: nn.Module) -> list[nn.Module]:
+    """What sends tokens to experts in a decoder layer; nothing where there are none."""
+    if not any(is_stack(name, parameter) for name, parameter in layer.named_parameters()):
+        return []
+    named = {name: part for name, part in layer.named_modules() if re.fullmatch(r"(.*\.)?(router|gate)", name)}
+    return [part for name, part in named.items() if not any(name.startswith(f"{other}.") for other in named)]
+
+
+@contextmanager
+def catch_choices(routers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """Catch the experts that each router chooses for each token, (B T, k), sorted: the next forward fills the list.
+
+    Of a router that gives scores alone it is the first choice.
+    """
+    caught: list[Tensor] = []
+
+    def record(read: Any, output: Any) -> None:
+        parts = [part for part in (output if isinstance(output, tuple | list) else [output]) if is_table(part)]
+        chosen = [part for part in parts if not part.is_floating_point()]
+        for part in chosen[:1] or [scores.argmax(-1, keepdim=True) for scores in parts[:1]]:
+            caught.append(part.reshape(-1, part.shape[-1]).sort().values)
+
+    def is_table(part: Any) -> bool:
+        return isinstance(part, Tensor) and part.ndim > 1
+
+    with hook_outputs(dict.fromkeys(routers, record)):
+        yield caught
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -101,8 +142,8 @@ def name_roles(name: str) -> set[str]:
 
 def down_projection(layer: nn.Module) -> nn.Module:
     """The linear map that reads a layer's neurons; SrmuError in a mixture of experts."""
-    (name,) = in_role(layer, "mlp_down")
-    if layer.get_parameter(name).ndim != 2:
+    name, *others = in_role(layer, "mlp_down")
+    if others or layer.get_parameter(name).ndim != 2:
         advice = "read resid_post or mlp_out, or take a method that needs no neurons, for example method.name=ssd"
         raise SrmuError(f"this model is a mixture of experts, each with neurons of its own: {advice}")
     return layer.get_submodule(name.removesuffix(".weight"))

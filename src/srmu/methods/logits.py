@@ -9,7 +9,7 @@ from torch import Tensor
 
 from srmu.engine import losses
 from srmu.engine.model import EditableModel, copy_values
-from srmu.engine.sites import is_linear
+from srmu.engine.sites import is_linear, is_stack
 from srmu.engine.train import TrainOptions, fit_model
 from srmu.errors import SrmuError
 from srmu.methods.base import Amount, Batch, Needs, Objective, Terms, Topic, Weight
@@ -34,8 +34,10 @@ class LogitObjective(Objective):
         if not self.lora_rank:
             yield
             return
-        for name in model.trained:
+        for name, parameter in model.trained.items():
             owner, _, kind = name.rpartition(".")
+            if is_stack(name, parameter):
+                continue
             if kind != "weight" or not is_linear(model.module.get_submodule(owner)):
                 advice = "name others, for example method.parameters=['*.linear']"
                 raise SrmuError(f"method.lora_rank adapts the matrices of linear maps, which {name} is not; {advice}")

@@ -22,7 +22,7 @@ from srmu.engine.losses import (
     token_mse,
     without_first,
 )
-from srmu.engine.sites import Site, Stream, down_projection
+from srmu.engine.sites import ROUTER, Site, Stream, down_projection
 from srmu.engine.stopping import CHECKED_BATCHES
 from srmu.engine.topic import move_batch
 from srmu.engine.train import TrainOptions
@@ -51,6 +51,7 @@ class Misdirection(Objective):
     stream: Stream = "resid_post"
     window: Count = 3  # number of layers to update; the last is `layer`
     matrices: Literal["down", "mlp"] = "down"  # of each MLP that are updated; mlp: also gate and up
+    router: bool = False  # also update what sends tokens to experts
     coeff: Weight | None = None  # the literal strength of the papers, c or c_map
     kappa: Weight | None = None  # the strength as the norm of the target over that of activations
     alpha: Weight = 1200.0  # weight of the retain loss
@@ -87,7 +88,8 @@ class Misdirection(Objective):
 
     @property
     def trainable(self) -> tuple[str, ...]:
-        return tuple(f"{i}.{'mlp_down' if self.matrices == 'down' else 'mlp'}" for i in self.updated)
+        role = f"{'mlp_down' if self.matrices == 'down' else 'mlp'}{'+router' * self.router}"
+        return tuple(f"{i}.{role}" for i in self.updated)
 
     def resolved(self, config: Any) -> Self:
         method = self
@@ -134,11 +136,12 @@ class Misdirection(Objective):
     def editing(self, model: EditableModel, topics: Sequence[Topic]) -> Iterator[None]:
         if self.anchors == "self" and model.activations.kept == "disk":  # they could reveal the texts
             model.activations = open_activations("memory", {}, model.device)
-        if self.matrices == "mlp":
-            for layer in self.updated:
-                down_projection(model.layers[layer])  # SrmuError where each expert has its own
+        if self.router and not any(ROUTER.fullmatch(name) for name in model.trained):
+            raise SrmuError("method.router=true, but no layer that is updated has a router; leave it out")
         with ExitStack() as stack:
             if self.columns < 1:
+                for layer in self.updated:
+                    down_projection(model.layers[layer])  # SrmuError where each expert has one of its own
                 for layer, (name, parameter) in zip(self.updated, model.trained.items(), strict=True):
                     chosen = self.choose_columns(model, layer, name, topics)
                     # AdamW leaves weights without a gradient unchanged, bit for bit
@@ -147,8 +150,6 @@ class Misdirection(Objective):
 
     def choose_columns(self, model: EditableModel, layer: int, name: str, topics: Sequence[Topic]) -> Tensor:
         """Marks the columns of a down-projection whose inputs forget texts excite most."""
-        if model.trained[name].ndim != 2:
-            raise SrmuError(f"{name} holds all experts, each with inputs of its own; set method.columns=1")
         moments = []  # mean squares of the inputs, in the original model
         for role in ("forget", "retain"):
             total, count = torch.zeros((), device=model.device), 0

@@ -39,7 +39,7 @@ class RepSelect(WeightWalk):
             for name in ascent:
                 turned = model.is_transposed(name)
                 gradient, main = (x.T if turned else x for x in (ascent[name], source[name]))
-                damped = damp_directions(gradient, main, self.components)
+                damped = damp_experts(gradient, main, self.components)
                 ascent[name] = damped.T if turned else damped
                 tick("")
         return ascent
@@ -65,6 +65,13 @@ class RepSelect(WeightWalk):
         if not all(g.isfinite().all() for part in sums for g in part.values()):
             raise DivergedError("a gradient is not finite; lower method.elicit_learning_rate")
         return sums[0], sums[-1]
+
+
+def damp_experts(gradient: Float[Tensor, "*E O I"], source: Float[Tensor, "*E O I"], components: int) -> Tensor:
+    """A gradient with its main directions damped: of one matrix, or of each expert's in a stack."""
+    if gradient.ndim == 2:
+        return damp_directions(gradient, source, components)
+    return torch.stack([damp_directions(*pair, components) for pair in zip(gradient, source, strict=True)])
 
 
 def damp_directions(

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 from srmu.engine.activation_cache import Activations
+from srmu.engine.losses import Mean, average_means, is_counted, token_mean
 from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch
-from srmu.engine.stopping import RECENT
-from srmu.engine.topic import Topic
+from srmu.engine.sites import Site, catch_choices, find_routers
+from srmu.engine.stopping import CHECKED_BATCHES, RECENT
+from srmu.engine.topic import Topic, move_batch
 from srmu.methods.base import Edit, Method, State
 from srmu.methods.importance import FLAT
 from srmu.methods.misdirection import KAPPA
@@ -44,7 +46,7 @@ def measure_effect(
     with torch.no_grad(), watch("measuring the effect", len(topics)) as tick:
         for topic in topics:
             method, state = config.method.with_options(topic.options), states.get(topic.name, State())
-            numbers = method.measure_effect(model, topic, state)
+            numbers = method.measure_effect(model, topic, state) | measure_rerouting(model, topic)
             verdict = judge_numbers(method, numbers, weights, config.train.learning_rate, option_place(topic))
             own = [line for line in steps if line.get("topic") == topic.name]
             found["topics"][topic.name] = {name: keep_finite(value) for name, value in numbers.items()}
@@ -53,6 +55,25 @@ def measure_effect(
             tick(topic.name)
     model.activations = kept
     return found
+
+
+def measure_rerouting(model: EditableModel, topic: Topic) -> dict[str, float]:
+    """The share of tokens that go to other experts, from the first trained layer on; empty where there are none."""
+    routers = [router for layer in model.layers[model.fixed :] for router in find_routers(layer)]
+    shares: dict[str, list[Mean]] = {}
+    for role in ("forget", "retain") if routers else ():
+        for batch in getattr(topic, role)[:CHECKED_BATCHES]:
+            batch, site = move_batch(batch, model.device), Site(len(model.layers) - 1)
+            with model.frozen(), catch_choices(routers) as before:
+                model.hidden(batch, site, keep=False)
+            with catch_choices(routers) as after:
+                model.hidden(batch, site)
+            mask = is_counted(batch["labels"])
+            for one, other in zip(before, after, strict=True):
+                if len(one) == mask.numel():  # else it says nothing of single tokens
+                    moved = (one != other).any(-1).float().reshape(mask.shape)
+                    shares.setdefault(f"{role}_rerouted", []).append(token_mean(moved, mask))
+    return {name: average_means(each) for name, each in shares.items()}
 
 
 def describe_numbers(numbers: Mapping[str, float], weights: float) -> str:
@@ -64,6 +85,8 @@ def describe_numbers(numbers: Mapping[str, float], weights: float) -> str:
         )
         parts.append(f"retain activations {format_percent(kept)} of their norm")
     for role in ("forget", "retain"):
+        if (share := numbers.get(f"{role}_rerouted")) is not None:
+            parts.append(f"{format_percent(share)} of {role} tokens go to other experts")
         if (rise := rise_of(numbers, role)) is not None:
             parts.append(f"{role} tokens are {math.exp(min(-rise, 700.0)):.2g} times as likely as before")
     return ", ".join([*parts, f"the weights changed by {format_percent(weights)}"])
