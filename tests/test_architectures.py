@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from helpers import architectures
 from helpers.architectures import tiny_module
@@ -16,6 +18,8 @@ from srmu.engine.activation_cache import open_activations
 from srmu.engine.generate import batch_texts, next_logits, write_on
 from srmu.engine.loading import read_config
 from srmu.engine.model import EditableModel
+from srmu.engine.sites import Site
+from srmu.engine.weights import stored_entries
 from srmu.errors import SrmuError
 from srmu.evals.harness import open_harness
 from srmu.runs.config import make_config
@@ -29,8 +33,8 @@ PAGE = ROOT / "docs" / "models.md"
 LINES = [line for line in PAGE.read_text().splitlines() if line.startswith("| `") and "`model_type`" not in line]
 LISTED = [(kind, "|" + line.split("|", 2)[2]) for line in LINES for kind in re.findall("`(.+?)`", line.split("|")[1])]
 # one or more of each outcome and each kind of layer; the others take an hour
-FEW = """axk2 bert bloom deepseek_v4 falcon gpt2 jamba lfm2 llama mamba mixtral mpt opt prophetnet qwen2_moe
-    whisper xlm""".split()  # noqa: SIM905
+FEW = "axk2 bert deepseek_v4 gemma3 gpt2 jamba lfm2 mamba prophetnet qwen2_5_vl qwen2_moe xlm".split()  # noqa: SIM905
+FORMED = [kind for kind, cells in LISTED if " yes | yes | yes | yes |" in cells]
 
 
 def build(kind: str) -> Any:
@@ -56,6 +60,49 @@ def test_the_table_has_every_class_once() -> None:
 def test_row(kind: str, cells: str, tmp_path: Path) -> None:
     """Nothing ends in an internal error; the outcome is the one that docs/models.md has."""
     assert architectures.describe_type(kind, tmp_path) == cells
+
+
+def save_form(form: str, kind: str, folder: Path) -> None:
+    """A tiny model stored in one of the forms that checkpoints have."""
+    module = build(kind)
+    module.save_pretrained(folder, max_shard_size="60KB" if form == "shards" else "5GB")
+    word_tokenizer().save_pretrained(folder)
+    if form in ("several types", "tensors of another head"):
+        tensors = load_file(folder / "model.safetensors")
+        if form == "several types":
+            tensors = {name: t.bfloat16() if "norm" not in name and t.ndim > 1 else t for name, t in tensors.items()}
+        else:  # that predicts several tokens, which no class of transformers loads
+            tensors |= {
+                "mtp.layers.0.mlp.down_proj.weight": torch.ones(8, 8),
+                "model.layers.4.eh_proj.weight": torch.ones(8),
+            }
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    if form == "links":  # as in the hub's cache
+        blobs = folder.parent / "blobs"
+        blobs.mkdir()
+        for i, file in enumerate(sorted(folder.iterdir())):
+            file.rename(blobs / str(i)).chmod(0o444)
+            file.symlink_to(blobs / str(i))
+
+
+@pytest.mark.parametrize("form", ["shards", "several types", "tensors of another head", "links"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=() if k in ("llama", "qwen2_moe", "gemma3") else pytest.mark.full) for k in FORMED]
+)
+def test_a_checkpoint_keeps_its_form(kind: str, form: str, tmp_path: Path) -> None:
+    """Files, keys, types and what is no link stay; what plain transformers loads is what the run measured."""
+    write_world(kind, tmp_path)
+    shutil.rmtree(tmp_path / "model")
+    save_form(form, kind, tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    family = "LoRA" if form == "several types" else "activations" if form == "shards" else "likelihood"
+    run = architectures.try_run(tmp_path, family)
+    out = run.export(tmp_path / "out")
+    entries = [stored_entries(folder) for folder in (tmp_path / "model", out)]
+    assert entries[0] == entries[1]
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    assert before.keys() <= {path.name for path in out.iterdir()}
+    assert not any(path.is_symlink() for path in out.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -139,6 +186,20 @@ def test_layers_that_do_not_change_run_once(kind: str, tmp_path: Path, monkeypat
                     assert torch.equal(model.logits(batch), expected) and model.activations.hits == 1
                 else:
                     assert model.activations.hits == hits
+
+
+@pytest.mark.parametrize(
+    "kind", ["qwen3_next", "qwen3_5_text", "jamba", "lfm2", "bamba", "mamba2", "falcon_h1", "zamba2"]
+)
+def test_padding_of_one_text_changes_nothing(kind: str) -> None:
+    """Layers with a state leave padding out only where transformers masks it; here it always lies behind the text."""
+    model = EditableModel(build(kind), ["*"])
+    short, ids = batch_texts([[1, 5, 6, 7]]), torch.tensor([[1, 5, 6, 7, 0, 0, 0]])
+    padded = short.replace(input_ids=ids, attention_mask=(ids > 0).long(), labels=ids)
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(padded)[:, :4], model.logits(short), rtol=1e-4, atol=1e-5)
+        one, other = (model.hidden(batch, Site(2))[:, :4] for batch in (padded, short))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_that_reads_ahead_is_refused(tmp_path: Path) -> None:

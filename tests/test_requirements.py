@@ -10,7 +10,8 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-USED = [Requirement(line) for line in (*PROJECT["dependencies"], *EXTRAS["postgres"], *EXTRAS["sign"], *EXTRAS["real"])]
+LINES = [*PROJECT["dependencies"], *(line for name in ("postgres", "sign", "real", "nf4") for line in EXTRAS[name])]
+USED = [Requirement(line) for line in LINES]
 
 
 def read_pins(name: str) -> dict[str, Version]:

@@ -22,8 +22,10 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 import srmu
 from helpers import attack_world
+from helpers.image_models import IMAGE_MODELS, IMAGES, TEXT
 from helpers.models import VOCABULARY, word_tokenizer
 from srmu.attacks.suite import Sources, attack_run
+from srmu.engine.loading import load_pretrained
 from srmu.engine.progress import ignore_progress
 from srmu.errors import SrmuError, first_line
 from srmu.evals.score import score_model
@@ -117,17 +119,24 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 
 def decoder_types() -> list[str]:
-    """The model types whose causal language model is one by its name, a class once."""
+    """The model types whose causal language model is one by its name, a class once, and those that also read images."""
     names: dict[str, str] = {}
     for kind, cls in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
         if isinstance(cls, str) and cls.endswith(("ForCausalLM", "LMHeadModel")):
             # llama4_text, not llama4 with its images; gpt2, not gpt-sw3
             names[cls] = min(names.get(cls, kind), kind, key=lambda name: (not name.endswith("_text"), len(name)))
-    return sorted(names.values())
+    return sorted({*names.values(), *IMAGE_MODELS})
 
 
 def tiny_config(kind: str) -> Any:
     """The config of a model type, 32 wide and 4 layers deep."""
+    if kind in IMAGE_MODELS:
+        sizes, (text, images) = list_sizes(CONFIG_MAPPING[kind]), IMAGE_MODELS[kind]
+        text, images = {**TEXT, **text}, {**IMAGES, **images}
+        parts = {"text_config": text, "vision_config": images}
+        sizes |= {name: {**sizes.get(name, {}), **part} for name, part in parts.items()}
+        sizes |= {"image_token_id": 62, "image_token_index": 62, "video_token_id": 63, "projection_dim": 32}
+        return CONFIG_MAPPING[kind](**sizes)
     return CONFIG_MAPPING[kind](**(list_sizes(CONFIG_MAPPING[kind]) | OTHERS.get(kind, {})))
 
 
@@ -149,11 +158,12 @@ def tiny_module(kind: str) -> Any:
     """A random model of a model type; None where it cannot be built as small."""
     try:
         config = tiny_config(kind)
+        auto = transformers.AutoModelForImageTextToText if kind in IMAGE_MODELS else transformers.AutoModelForCausalLM
         with torch.device("meta"):
-            if transformers.AutoModelForCausalLM.from_config(config).num_parameters() > LARGEST:
+            if auto.from_config(config).num_parameters() > LARGEST:
                 return None
         torch.manual_seed(0)
-        module = transformers.AutoModelForCausalLM.from_config(config).eval()
+        module = auto.from_config(config).eval()
         with torch.no_grad():
             module(torch.tensor([[1, 5, 6, 7, 8]]), use_cache=False)
     except Exception:  # a class refuses sizes in its own way
@@ -230,7 +240,7 @@ def try_in_memory(place: Path, title: str) -> str:
     options = {key.removeprefix("method."): value for key, value in FAMILIES[title].items()}
     if title == "by name":
         options["names"] = str(place / "names.txt")
-    module = transformers.AutoModelForCausalLM.from_pretrained(place / "model")
+    module = load_pretrained(place / "model")
     method, texts = METHODS[options.pop("name")], attack_world.texts()
     given = {"forget": [*texts.forget], "retain": [*texts.neutral], "max_length": 16}
     train = {k: v for k, v in TRAIN.items() if k != "learning_rate" or not issubclass(method, Edit)}
@@ -247,7 +257,7 @@ def try_rest(run: Any, place: Path) -> dict[str, str]:
 
     def export() -> None:
         run.export(place / "export")
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(place / "export").eval()
+        loaded = load_pretrained(place / "export").eval()
         with torch.no_grad(), open_target(run).after() as module:
             both = (one(ids, use_cache=False).logits for one in (loaded, module))
             assert torch.allclose(*both, rtol=1e-4, atol=1e-4), "the export is another model"

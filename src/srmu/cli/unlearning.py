@@ -186,24 +186,49 @@ def export_command(
     last_good: Annotated[bool, Option("--last-good", help="Of a run that diverged: the last good weights.")] = False,
     adapter: Annotated[bool, Option("--adapter", help="Only the change, as a LoRA adapter for peft.")] = False,
     error: Annotated[float | None, Option(help="adapter: most of the change that may be lost (0.05).")] = None,
+    quantise: Annotated[str | None, Option(help="Round the weights: q4_0, q8_0 (GGUF), nf4 or fp8.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Write a run's full model, which plain transformers loads, or its change as an adapter."""
+    """Write a run's full model, which plain transformers loads, rounded for serving, or its change as an adapter."""
+    from transformers import AutoModelForCausalLM
+
+    from srmu.engine.text_part import find_whole_class
     from srmu.runs.run import Run
 
     opened = Run.open(run)
+    if (adapter or quantise is not None) and (link is not None or last_good or (adapter and quantise is not None)):
+        option, other = ("--adapter", "--quantise") if adapter else ("--quantise", "--adapter")
+        raise SrmuError(f"{option} goes without --link, --copy, --last-good and {other}")
+    if error is not None and not adapter:
+        raise SrmuError("--error goes with --adapter")
+    if quantise is not None:
+        print_quantised(opened, out, quantise, as_json)
+        return
     if adapter:
-        if link is not None or last_good:
-            raise SrmuError("--adapter goes without --link, --copy and --last-good")
         print_adapter(opened, out, 0.05 if error is None else error, as_json)
         return
-    if error is not None:
-        raise SrmuError("--error goes with --adapter")
     opened.export(out, link, show_progress, last_good=last_good)
     changed = list(opened.delta)
     lines = [f"{len(changed)} tensors changed: {', '.join(changed)}", f"wrote {out}, with its model card and record"]
-    lines.append(f"{output.next_command('verify', out)}, then AutoModelForCausalLM.from_pretrained({str(out)!r})")
+    loader = find_whole_class(out) or AutoModelForCausalLM
+    lines.append(f"{output.next_command('verify', out)}, then {loader.__name__}.from_pretrained({str(out)!r})")
     output.print_result({"out": str(out), "changed": changed}, as_json, *lines)
+
+
+def print_quantised(run: "Run", out: Path, kind: str, as_json: bool) -> None:
+    """Write a run's model with rounded weights, and say what rounding does to it."""
+    from srmu.runs.quantise import export_quantised
+
+    place, costs = export_quantised(run, out, kind, show_progress)
+    rows = [{"texts": role, **{when: f"{cost:.2f}" for when, cost in each.items()}} for role, each in costs.items()]
+    lines = [
+        "mean loss of a token (nats): before the run, after it, and after rounding"
+        if costs
+        else "what rounding does was not measured: the run's texts cannot be read",
+        f"wrote {place}, with its model card; srmu eval evaluates it as it ships",
+        output.next_command("eval", place, "--tasks", "TASK"),
+    ]
+    output.print_result({"out": str(place), "quantised": kind, "costs": costs}, as_json, *lines, table=rows)
 
 
 def print_adapter(run: "Run", out: Path, error: float, as_json: bool) -> None:

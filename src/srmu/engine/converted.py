@@ -13,8 +13,19 @@ import transformers
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from srmu.engine.files import cache_dir, cached, format_gb, read_json, require_space, sha256, whole_folder, write_json
+from srmu.engine.files import (
+    cache_dir,
+    cached,
+    carry_files,
+    format_gb,
+    read_json,
+    require_space,
+    sha256,
+    whole_folder,
+    write_json,
+)
 from srmu.engine.progress import print_line
+from srmu.engine.text_part import find_whole_class
 from srmu.errors import SrmuError, first_line
 
 SOURCE = "srmu-source.json"  # beside the folder of a model: what it was made from
@@ -82,7 +93,7 @@ def merge(folder: Path, base: Path, place: Path, source: dict[str, Any]) -> None
     print_line(f"merging adapter {folder} with its base {source['base']}, once, to {format_gb(size)} in {place}")
     try:
         given: dict[str, Any] = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}
-        module: Any = AutoModelForCausalLM.from_pretrained(base, **given)
+        module: Any = (find_whole_class(base) or AutoModelForCausalLM).from_pretrained(base, **given)
         module = put_adapter(module, folder)
         refuse_strays(folder, module)
         module = module.merge_and_unload()
@@ -131,26 +142,39 @@ def dequantise(path: Path, place: Path) -> None:
     except Exception as error:  # transformers and gguf raise many kinds
         advice = "name its safetensors checkpoint instead"
         raise SrmuError(f"{path} cannot be dequantised: {first_line(error)}; {advice}") from error
-    settings = module.config.to_dict()
-    settings.pop("quantization_config", None)
-    with torch.device("meta"):
-        plain = type(module)(type(module.config)(**settings))  # not marked as quantised, which cannot be saved
-    plain.load_state_dict(module.state_dict(), assign=True)
-    plain.tie_weights()
-    keep_folder(plain, tokenizer, place, {"gguf": source})
+    keep_folder(drop_quantisation(module), tokenizer, place, {"gguf": source})
 
 
-def keep_folder(module: Any, tokenizer: Any, place: Path, source: Mapping[str, Any]) -> None:
-    """Write a model to `place/model`, whole or not at all, and beside it what it was made from."""
+def keep_folder(
+    module: Any, tokenizer: Any, place: Path, source: Mapping[str, Any], beside: Path | None = None
+) -> None:
+    """Write a model to `place/model`, whole or not at all, and beside it what it was made from.
+
+    What else lies in the folder `beside`, such as a processor's files, comes with it.
+    """
     place.mkdir(parents=True, exist_ok=True)
     write_json(place / SOURCE, source)
     try:
         with whole_folder(place / "model") as scratch:
             module.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
-    except OSError:
+            if beside:
+                carry_files(beside, scratch)
+    except (OSError, SrmuError):
         if not (place / "model").is_dir():  # else another process was first
             raise
+
+
+def drop_quantisation(module: Any) -> Any:
+    """A dequantised model that is no longer marked as quantised, which transformers does not save."""
+    settings = module.config.to_dict()
+    settings.pop("quantization_config", None)
+    with torch.device("meta"):
+        plain = type(module)(type(module.config).from_dict(settings))
+    plain.load_state_dict(module.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = module.generation_config
+    return plain
 
 
 def describe_gguf(path: Path, digest: str) -> dict[str, Any]:
@@ -169,6 +193,6 @@ def describe_gguf(path: Path, digest: str) -> dict[str, Any]:
 
 
 def read_source(folder: Path) -> dict[str, Any]:
-    """What a model's folder was made from, a GGUF file or an adapter; empty where it is as it came."""
+    """What a model's folder was made from, a GGUF file, an adapter or quantised weights; else empty."""
     found = read_json(folder.parent / SOURCE, {}) if folder.name == "model" else {}
-    return {kind: found[kind] for kind in ("gguf", "adapter") if kind in found}
+    return {kind: found[kind] for kind in ("gguf", "adapter", "quantised") if kind in found}

@@ -24,6 +24,9 @@ from srmu.errors import SrmuError, first_line
 REQUIRED: Any = object()
 SHOWN = 80  # characters of a name that an error repeats: a text given for a file is longer
 warn_once = cache(print_line)
+# Copied unchanged with a model, as is what has no suffix (LICENSE); no other kind, which may be the same weights again.
+CARRIED = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".md", ".py", ".bpe", ".vocab", ".v1", ".v2", ".v3", "")
+EXPORTED = "srmu-record.json"  # the record beside an export
 
 
 def cache_dir() -> Path:
@@ -210,6 +213,16 @@ def import_from_file(what: str, name: str) -> Any:
     except Exception as error:  # the user's code
         raise SrmuError(f"{what} {name}: {type(error).__name__}: {error}") from error
     return getattr(module, attribute, None)
+
+
+def carry_files(source: Path, folder: Path) -> None:
+    """Copy what lies beside a model's weights and is not in `folder` yet: tokenizer, templates, processor, licence."""
+    for file in (*source.iterdir(), *source.glob("additional_chat_templates/*")):
+        target = folder / file.relative_to(source)
+        wanted = file.is_file() and file.suffix in CARRIED and not file.name.startswith((".", EXPORTED))
+        if wanted and "safetensors" not in file.name and not target.exists():
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file.resolve(), target)
 
 
 def cached(kind: str, key: Any, make: Callable[[], Any], *, together: bool = False) -> Any:

@@ -5,6 +5,7 @@ which is nearly as cheap unless loading converts tensors (another dtype, stacked
 """
 
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,41 +14,44 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel, logging
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel, logging
 
 from srmu.engine.converted import ADAPTER
 from srmu.engine.devices import computes_bf16
+from srmu.engine.text_part import (
+    LANGUAGE_MODELS,
+    PREFIXES,
+    WHOLE_MODELS,
+    choose_class,
+    find_whole_class,
+    keep_text,
+    list_placeholders,
+    open_config,
+    take_text_config,
+)
 from srmu.engine.weights import in_layer, is_there, layer_number, stored_entries, stored_types
 from srmu.errors import SrmuError, first_line
 
 
 def read_config(folder: Path) -> Any:
-    """The configuration of a model; SrmuError if it is not a causal language model."""
+    """The configuration of a model, of its text part if it also reads images; SrmuError where there is none."""
     if not (folder / "config.json").is_file():
         raise SrmuError(f"model folder {folder} has no config.json; name a Hugging Face model")
     if (folder / ADAPTER).is_file():  # transformers would put it on top, unsaid
         mend = f"merge it (merge_and_unload) into a folder of its own, or take {ADAPTER} out"
         raise SrmuError(f"model folder {folder} holds an adapter beside the model: {mend}")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise SrmuError(f"{folder}/config.json cannot be read: {first_line(error)}") from error
-    names = config.architectures or ["none named"]
-    if not names[0].endswith(("ForCausalLM", "LMHeadModel")):
-        what = f"{folder} is not a causal language model: its architecture is {names[0]}"
+    whole = open_config(folder)
+    config, kind, name = take_text_config(whole), whole.model_type, str((whole.architectures or ["none named"])[0])
+    classes = LANGUAGE_MODELS if config is whole else WHOLE_MODELS
+    if not name.endswith(classes) or (config is not whole and not hasattr(transformers, name)):
+        what = f"{folder} is not a causal language model: its architecture is {name}"
         raise SrmuError(f"{what}; srmu needs one that transformers loads with AutoModelForCausalLM")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise SrmuError(f"{folder} is of type {config.model_type}, which AutoModelForCausalLM does not load")
+    if whole is config and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise SrmuError(f"{folder} is of type {kind}, which AutoModelForCausalLM does not load")
     if not hasattr(config, "num_hidden_layers"):
         raise SrmuError(f"{folder} has no single stack of decoder layers (num_hidden_layers); srmu needs one")
     refuse_sharing(config)
     return config
-
-
-def refuse_quantised(folder: Path, config: Any) -> None:
-    if how := getattr(config, "quantization_config", None):
-        kind = how.get("quant_method") if isinstance(how, dict) else type(how).__name__
-        raise SrmuError(f"model {folder} is quantised ({kind}); unlearn the unquantised model, then quantise")
 
 
 def refuse_sharing(config: Any) -> None:
@@ -81,7 +85,9 @@ def load_module(folder: Path, dtype: str = "auto", depth: int | None = None) -> 
         missing = lost_tensors(folder, config)
         config = cut_config(config, depth) or config
     options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-    module, info = load_pretrained(folder, config=config, **options)
+    if find_whole_class(folder):
+        options["key_mapping"] = PREFIXES
+    module, info = load_pretrained(folder, choose_class(config), config=config, **options)
     if missing := missing or sorted(info["missing_keys"]):
         what = f"model {folder} lacks {len(missing)} tensors, the first is {missing[0]}"
         raise SrmuError(f"{what}; transformers would fill them with random numbers")
@@ -101,29 +107,34 @@ def choose_dtype(folder: Path, device: str, dtype: str = "auto") -> str:
     return "float32" if entries and fits and not computes_bf16() else dtype
 
 
-def load_pretrained(folder: Path, **options: Any) -> Any:
-    """What transformers loads from a folder; without options, as its user would."""
+def load_pretrained(folder: Path, loader: Any = None, **options: Any) -> Any:
+    """What transformers loads from a folder; without options, as its user would, with the images that it reads."""
+    loader = loader or find_whole_class(folder) or AutoModelForCausalLM
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # else it lists the layers that were left out
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, **options)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        return loader.from_pretrained(folder, **options)
+    except (SafetensorError, ImportError, OSError, ValueError, RuntimeError) as error:
         raise SrmuError(f"model {folder} cannot be loaded: {first_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
 
 
 @torch.no_grad()
-def sample_logits(module: PreTrainedModel) -> Tensor:
-    """Logits for a few texts of random tokens, by which two models are compared."""
+def sample_logits(module: PreTrainedModel, folder: Path) -> Tensor:
+    """Logits for a few texts of random tokens, to compare two loaded forms of the model in `folder`."""
     size = len(next(module.get_input_embeddings().parameters()))
-    tokens = torch.randint(size, (2, 8), generator=torch.Generator().manual_seed(0)).to(module.device)
+    tokens = torch.randint(size, (2, 8), generator=torch.Generator().manual_seed(0))
+    for place in list_placeholders(folder):
+        tokens[tokens == place] = 0
+    tokens = tokens.to(module.device)
     return module(input_ids=tokens, use_cache=False).logits.float().cpu()
 
 
 def lost_tensors(folder: Path, config: Any) -> list[str]:
     """Tensors of a layer that the checkpoint lacks although it has them for another layer."""
-    stored = {(layer_number(name), in_layer(name)) for name in stored_types(folder)}
+    types = keep_text(folder, stored_types(folder), partial(build_skeleton, config))
+    stored = {(layer_number(name), in_layer(name)) for name in types}
     known = {name for layer, name in stored if layer is not None}
     wanted = {name: in_layer(name) for name, _ in build_skeleton(config).named_parameters()}
     return sorted(n for n, inside in wanted.items() if inside in known and (layer_number(n), inside) not in stored)
@@ -132,21 +143,25 @@ def lost_tensors(folder: Path, config: Any) -> list[str]:
 def build_skeleton(config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The module of a configuration, without memory for its tensors."""
     with torch.device("meta"):
-        # A copy: from_config writes the dtype into its config.
-        module = AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype or config.dtype)
+        # A copy: building writes the dtype into the config.
+        module = choose_class(config).from_config(deepcopy(config), dtype=dtype or config.dtype)
     module.tie_weights()  # transformers 5.0 leaves the ends of such a module untied
     return module
 
 
 def needs_conversion(folder: Path, config: Any, dtype: str) -> bool:
     """Whether loading makes new tensors, because the dtype or the layout differs."""
-    stored = {name: t for name, t in stored_types(folder).items() if t.is_floating_point}
+    types = keep_text(folder, stored_types(folder), partial(build_skeleton, config))
+    stored = {name: t for name, t in types.items() if t.is_floating_point}
     wanted = wanted_dtype(config, dtype)
     if wanted is not None and {*stored.values()} != {wanted}:
         return True
     known = {in_layer(name) for name in stored}
-    parameters = build_skeleton(config).named_parameters()
-    return any(in_layer(name) not in known for name, _ in parameters if layer_number(name) is not None)
+    return any(
+        in_layer(name) not in known
+        for name, _ in build_skeleton(config).named_parameters()
+        if layer_number(name) is not None
+    )
 
 
 def wanted_dtype(config: Any, dtype: str) -> torch.dtype | None:

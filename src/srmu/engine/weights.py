@@ -21,14 +21,22 @@ from torch import Tensor
 
 from srmu.engine.activation_cache import flat_bytes
 from srmu.engine.converted import ADAPTER, convert_gguf, merge_adapter
-from srmu.engine.files import read_json, require_space, require_utf8, sha256, whole_folder, write_whole
+from srmu.engine.files import (
+    CARRIED,
+    EXPORTED,
+    read_json,
+    require_space,
+    require_utf8,
+    sha256,
+    whole_folder,
+    write_whole,
+)
 from srmu.engine.progress import Watch, ignore_progress
+from srmu.engine.quantised import dequantise_folder
+from srmu.engine.text_part import rename_stored
 from srmu.errors import SrmuError, first_line
 
 INDEX = "model.safetensors.index.json"
-# copied unchanged by an export, as is what has no suffix (LICENSE); no other kind, which may be the same weights again
-KEPT = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".md", ".py", ".bpe", ".vocab", ".v1", ".v2", ".v3", "")
-EXPORTED = "srmu-record.json"  # the record beside an export
 PAGE = 4096  # bytes
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
@@ -37,7 +45,7 @@ Places = Mapping[str, Sequence[str]]  # the checkpoint's names of each parameter
 
 
 def locate_model(model: str, revision: str | None = None) -> Path:
-    """The folder of a model: a local one, that of a GGUF file or an adapter, or the cached snapshot of a hub id."""
+    """The folder of a model: a local one, the cached snapshot of a hub id, or what such a one was converted to."""
     folder = Path(model).expanduser()
     gguf = folder.suffix == ".gguf" and folder.is_file()
     if gguf or folder.is_dir():
@@ -45,16 +53,17 @@ def locate_model(model: str, revision: str | None = None) -> Path:
             raise SrmuError(f"revision does not apply to the local {'file' if gguf else 'folder'} {folder}")
         if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
             return merge_adapter(folder, locate_model)
-        return convert_gguf(folder) if gguf else require_utf8(folder)
+        return convert_gguf(folder) if gguf else dequantise_folder(require_utf8(folder))
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise SrmuError(f"model {model}: no such folder, and not a hub id like owner/name")
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.safetensors", "LICENSE*", *(f"*{kind}" for kind in KEPT if kind)]
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        patterns = ["*.safetensors", "LICENSE*", *(f"*{kind}" for kind in CARRIED if kind)]
+        snapshot = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many kinds
         raise SrmuError(f"model {model}: no such folder, and the hub says: {first_line(error)}") from error
+    return dequantise_folder(snapshot)
 
 
 def is_there(folder: Path) -> bool:
@@ -145,7 +154,7 @@ def list_candidates(
     """
     entries, found = stored_entries(folder), {}
     for name, original in originals.items():
-        close = ([key for key in entries if are_alike(key, one)] for one in aliases.get(name, [name]))
+        close = ([key for key in entries if are_alike(rename_stored(key), one)] for one in aliases.get(name, [name]))
         parts = [(keys, original) for keys in close if keys]
         if not parts:
             # transformers may give it another name: embed_out of GPT-NeoX is its lm_head
@@ -293,7 +302,7 @@ def list_carried(folder: Path) -> list[str]:
     loaded = set(list_shards(folder).values())
     files = [file for file in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")) if file.is_file()]
     stale = (INDEX,) if folder / "model.safetensors" in loaded else ()  # of shards that are not loaded
-    wanted = (file for file in sorted(files) if file in loaded or (file.suffix in KEPT and file.name not in stale))
+    wanted = (file for file in sorted(files) if file in loaded or (file.suffix in CARRIED and file.name not in stale))
     return [file.relative_to(folder).as_posix() for file in wanted if not file.name.startswith((".", EXPORTED))]
 
 
@@ -330,7 +339,7 @@ def identify_base(folder: Path, depth: int | None) -> str:
 
 def fingerprint_model(folder: Path) -> str:
     """SHA-256 over a model's weights, config and tokenizer."""
-    names = sorted(p for p in folder.iterdir() if p.suffix in {".safetensors", *KEPT} - {".md", ""})
+    names = sorted(p for p in folder.iterdir() if p.suffix in {".safetensors", *CARRIED} - {".md", ""})
     return sha256(*(part for path in names for part in (path.name.encode(), path)))
 
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from srmu.engine import weights
-from srmu.engine.converted import ADAPTED, put_adapter
+from srmu.engine.converted import ADAPTED, put_adapter, refuse_strays
 from srmu.engine.files import whole_folder
 from srmu.engine.loading import build_skeleton, load_pretrained, read_config, sample_logits
 from srmu.engine.sites import is_linear
+from srmu.engine.text_part import rename_to_whole
 from srmu.errors import SrmuError
 from srmu.runs.run import Run, open_target
 
@@ -46,8 +47,9 @@ def export_adapter(run: Run, out: Path, error: float) -> dict[str, Any]:
     parts = {name: factor_change(change, error) for name, change in read_changes(run, modules).items()}
     if not parts:
         raise SrmuError(f"{run.folder} changed nothing; there is no adapter to write")
+    turned = any(isinstance(modules[name], Conv1D) for name in parts)
+    parts = rename_to_whole(run.base, parts)
     with whole_folder(out) as folder:
-        turned = any(isinstance(modules[name], Conv1D) for name in parts)
         write_adapter(run, parts, turned, folder)
         apart = compare_logits(run, folder)
     return {
@@ -110,10 +112,11 @@ def compare_logits(run: Run, folder: Path) -> float:
     """How far logits of the base with the adapter are from the run's: a share of what the run changed of the base's."""
     opened = open_target(run, "cpu")
     with opened.after() as module:
-        expected = sample_logits(module)
+        expected = sample_logits(module, run.base)
     options = {} if opened.dtype == "auto" else {"dtype": opened.dtype}
     del module, opened  # two models at once may not fit into memory
     both = put_adapter(load_pretrained(run.base, **options), folder)
+    refuse_strays(folder, both)
     with both.disable_adapter():
-        before = sample_logits(both)
-    return float((sample_logits(both) - expected).norm() / (expected - before).norm())
+        before = sample_logits(both, run.base)
+    return float((sample_logits(both, run.base) - expected).norm() / (expected - before).norm())

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
 
 from srmu.engine.activation_cache import Activations
 from srmu.engine.loading import cut_config
 from srmu.engine.losses import Mean, mean_nll, token_mse
 from srmu.engine.model import Batch, EditableModel, Site
+from srmu.engine.text_part import choose_class
 from srmu.engine.topic import Topic
 from srmu.engine.train import Terms, TrainOptions, fit_model
 from srmu.errors import SrmuError, first_line
@@ -147,7 +147,7 @@ def measure_speed(settings: Any, dtype: torch.dtype, device: str, site: Site | N
         return measure_product(settings.get_text_config().hidden_size, dtype, device)
     short.vocab_size = min(short.vocab_size, PROBE_VOCABULARY)
     short.pad_token_id = None
-    module = AutoModelForCausalLM.from_config(short, dtype=dtype).to(device)
+    module = choose_class(short).from_config(short, dtype=dtype).to(device)
     model = EditableModel(module, ["0.mlp_down" if site else "*"], 1 if site else None)
     model.check_causal()
     place = Site(0) if site else None

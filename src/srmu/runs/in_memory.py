@@ -16,9 +16,11 @@ from srmu.data.sources import RowSource, Source
 from srmu.data.tokens import pad_id
 from srmu.engine import distributed
 from srmu.engine.activation_cache import open_activations
-from srmu.engine.loading import find_layers, refuse_quantised
+from srmu.engine.loading import find_layers
 from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch, choose_progress, ignore_progress
+from srmu.engine.quantised import refuse_quantised
+from srmu.engine.text_part import LANGUAGE_MODELS, WHOLE_MODELS, take_text_config, view_text
 from srmu.engine.train import Log, TrainOptions
 from srmu.errors import SrmuError
 from srmu.methods import Method
@@ -119,6 +121,7 @@ def unlearn_in_memory(
 ) -> tuple[PreTrainedModel, InMemoryResult]:
     """Change a model in place; see `unlearn`. The same tensors as a run's, bit for bit; on an error none."""
     check_model(model, tokenizer)
+    text = view_text(model)
     texts = {"forget": as_sources(forget, "forget"), "retain": as_sources(retain, "retain")}
     config = check_tree(
         {
@@ -129,14 +132,14 @@ def unlearn_in_memory(
             "seed": seed,
         }
     )
-    resolved = config.method.resolved(model.config)
+    resolved = config.method.resolved(text.config)
     if why := resolved.no_checkpoint:
         raise SrmuError(f"{why}; unlearn from a config")
-    config = config.model_copy(update={"method": resolved, "train": resolved.training(config.train, model.config)})
+    config = config.model_copy(update={"method": resolved, "train": resolved.training(config.train, text.config)})
     topics = load_topics(config, tokenizer)
     steps: list[dict[str, Any]] = []
     progress = training.Progress()
-    with TemporaryDirectory() as scratch, edit_in_place(model, config.method) as edited:
+    with TemporaryDirectory() as scratch, edit_in_place(text, config.method) as edited:
         topics = training.fit_topics(config, edited, topics, "the tokenizer")
         tokenizer.save_pretrained(scratch)  # some methods read it from the model's folder
         folder = Path(model.name_or_path or scratch)
@@ -157,7 +160,10 @@ def unlearn_in_memory(
             "seed": config.seed,
             "change": {"tensors": changes},
         }
-    record["reach"] = describe_reach(model, delta)  # now that the model has all its layers again
+    record["reach"] = describe_reach(text, delta)  # now that the model has all its layers again
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    delta = {names[id(text.get_parameter(name))]: tensor for name, tensor in delta.items()}
+    record["change"]["tensors"] = dict(zip(delta, changes.values(), strict=True))
     return model, InMemoryResult(record, steps, delta, training.list_state(progress.outcome))
 
 
@@ -169,9 +175,10 @@ def check_model(model: Any, tokenizer: Any) -> None:
     if not isinstance(model, PreTrainedModel):
         hint = "; merge its adapters first: model.merge_and_unload()" if hasattr(model, "merge_and_unload") else ""
         raise SrmuError(f"unlearn takes a transformers model or a Config, not {kind}{hint}")
-    if not kind.endswith(("ForCausalLM", "LMHeadModel")):
+    classes = LANGUAGE_MODELS if take_text_config(model.config) is model.config else WHOLE_MODELS
+    if not kind.endswith(classes):
         raise SrmuError(f"{kind} is not a causal language model: load AutoModelForCausalLM")
-    refuse_quantised(Path(model.name_or_path or kind), model.config)
+    refuse_quantised(model.name_or_path or kind, model.config)
     places = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(places) > 1 or "meta" in places:
         raise SrmuError(

@@ -21,16 +21,16 @@ def render_template(name: str, /, filters: dict[str, Any] | None = None, **value
     return environment.get_template(name).render(values)
 
 
-def summarise_record(record: dict[str, Any]) -> str:
-    """The record on one page of Markdown; of a model in a folder it names the folder alone, not its path."""
+def summarise_record(record: dict[str, Any], rounded: str = "") -> str:
+    """The record on one page of Markdown, of a model `rounded` so or not; of a folder it names no path."""
     base, changed = Path(record["base"]["id"]), [*record["change"]["tensors"].items()][:ROWS]
     named: dict[str, Any] = {"name": base.name, "local": base.is_absolute(), "exported": EXPORTED}
     named |= {"reach": explain_reach(record["reach"]), "repetition": explain_repetition(record["results"])}
-    return render_template("card.md", record=record, changed=changed, **named)
+    return render_template("card.md", record=record, changed=changed, rounded=rounded, **named)
 
 
-def write_model_card(record: dict[str, Any]) -> str:
-    """The `README.md` of an export: the hub's metadata, then the record's page."""
+def write_model_card(record: dict[str, Any], rounded: str = "") -> str:
+    """The `README.md` of an export: the hub's metadata, then the record's page; see `summarise_record`."""
     base = Path(record["base"]["id"])
     results = []
     for name, entry in record["results"].get("after", {}).items():
@@ -47,4 +47,4 @@ def write_model_card(record: dict[str, Any]) -> str:
         eval_results=results or None,
         **on_hub,
     )
-    return f"---\n{facts.to_yaml().strip()}\n---\n\n{summarise_record(record)}"
+    return f"---\n{facts.to_yaml().strip()}\n---\n\n{summarise_record(record, rounded)}"

@@ -1,7 +1,7 @@
 """A run before it starts: everything that its config leaves open, filled in once."""
 
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from srmu.engine import distributed, weights
 from srmu.engine.activation_cache import limit_bytes
 from srmu.engine.devices import find_device
 from srmu.engine.files import tidy_path
-from srmu.engine.loading import build_skeleton, choose_dtype, read_config, refuse_quantised, wanted_dtype
+from srmu.engine.loading import build_skeleton, choose_dtype, read_config, wanted_dtype
+from srmu.engine.quantised import DEQUANTISED, refuse_quantised
+from srmu.engine.text_part import keep_text
 from srmu.engine.topic import Topic
 from srmu.errors import SrmuError, first_line
 from srmu.runs.config import Config
@@ -48,16 +50,18 @@ class RunPlan:
         """The type in which the model is loaded: that of the config, or the widest that is stored."""
         if dtype := wanted_dtype(self.settings, self.config.dtype):
             return dtype
-        stored = weights.stored_types(self.base).values() if self.here else [torch.bfloat16]
+        build = partial(build_skeleton, self.settings)
+        types = keep_text(self.base, weights.stored_types(self.base), build) if self.here else {"": torch.bfloat16}
+        stored = types.values()
         return max((t for t in stored if t.is_floating_point), key=lambda t: t.itemsize)
 
     @cached_property
     def stored(self) -> dict[str, int]:
         """Bytes of each tensor from the headers of the model's files; without files, from its config."""
+        build = partial(build_skeleton, self.settings)
         if not self.here:
-            skeleton = build_skeleton(self.settings).named_parameters()
-            return {name: self.dtype.itemsize * tensor.numel() for name, tensor in skeleton}
-        entries = weights.stored_entries(self.base).items()
+            return {name: self.dtype.itemsize * tensor.numel() for name, tensor in build().named_parameters()}
+        entries = keep_text(self.base, weights.stored_entries(self.base), build).items()
         return {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in entries}
 
 
@@ -65,7 +69,7 @@ def plan_run(config: Config, *, shard: bool = False, offload: bool = False) -> R
     """Fill in what depends on model and machine, without reading weights; SrmuError where the run cannot work."""
     base = weights.locate_model(config.model, config.revision)
     settings = read_config(base)
-    refuse_quantised(base, settings)
+    refuse_quantised(base, settings, later=DEQUANTISED)
     limit_bytes()  # report a bad limit before the model is loaded
     method = config.method.resolved(settings)
     known = {field.name for field in fields(method)}

@@ -110,10 +110,10 @@ class Run:
         """SrmuError where the model that plain transformers loads from a folder answers otherwise than the run's."""
         opened = open_target(self, "cpu")
         with opened.after() as module:
-            expected = sample_logits(module)
+            expected = sample_logits(module, self.base)
         options = {} if opened.dtype == "auto" else {"dtype": opened.dtype}
         del module, opened  # two models at once may not fit into memory
-        got = sample_logits(load_pretrained(folder, **options))
+        got = sample_logits(load_pretrained(folder, **options), folder)
         if not torch.allclose(got, expected, rtol=1e-4, atol=1e-4 * float(expected.std()), equal_nan=True):
             raise SrmuError(
                 f"nothing was written: the export of {self.folder} would load as another model than the run measured; "

@@ -1,0 +1,168 @@
+"""The text part of a model that also reads images or sounds: a causal language model of its own.
+
+Its weights are read from the whole checkpoint, under their names there, so that what is saved goes back to its place.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from srmu.errors import SrmuError, first_line
+
+T = TypeVar("T")
+
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")  # ends of the names of classes with a head
+WHOLE_MODELS = (*LANGUAGE_MODELS, "ForConditionalGeneration")  # likewise, of models that read more than text
+# Checkpoints keep the text part under these prefixes, with or without a `model.` before and after.
+PREFIXES = {
+    r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?(?!lm_head\.)": "model.",
+    r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
+}
+
+
+class TextPart(PreTrainedModel, GenerationMixin):
+    """A text model of transformers that has no causal language model there, under a head."""
+
+    base_model_prefix = "model"
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (as transformers has it)
+    _supports_sdpa = True
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model = AutoModel.from_config(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_config(cls, config: Any, **options: Any) -> Any:
+        """A module with random weights, as the auto classes of transformers make one."""
+        return cls._from_config(config, **options)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **options: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the last `logits_to_keep` tokens (0: all), or of the tokens at those places."""
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **options,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, kept])
+        return CausalLMOutputWithPast(logits=logits, past_key_values=out.past_key_values)
+
+
+def take_text_config(config: Any) -> Any:
+    """The config of a model's text part; the config itself where the model is text alone."""
+    text = config.get_text_config()
+    if text is config or config.is_encoder_decoder:
+        return config
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(text) not in MODEL_MAPPING:
+        what = f"transformers builds the text part of {config.model_type} ({text.model_type}) only inside the whole"
+        raise SrmuError(f"{what}; srmu needs a text model that stands alone")
+    tied = getattr(config, "tie_word_embeddings", None)  # that of the whole is the one that counts
+    text.tie_word_embeddings = getattr(text, "tie_word_embeddings", False) if tied is None else tied
+    for name in ("quantization_config", "quantization"):  # MLX has the second
+        if how := getattr(config, name, None):
+            setattr(text, name, how)
+    text.dtype = config.dtype or text.dtype  # likewise
+    return text
+
+
+def choose_class(config: Any) -> Any:
+    """What builds and loads the causal language model of a config."""
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else TextPart
+
+
+def view_text(module: PreTrainedModel) -> PreTrainedModel:
+    """The text part of a model in memory, which shares its weights; the model itself where it is text alone."""
+    config = take_text_config(type(module.config).from_dict(module.config.to_dict()))  # without what loading chose
+    if type(config) is type(module.config):
+        return module
+    with torch.device("meta"):
+        text = choose_class(config).from_config(config)
+    part = module.get_decoder()
+    if type(part) is type(text):  # Llama 4 has the head in there
+        return part
+    setattr(text, text.base_model_prefix, part)
+    text.set_output_embeddings(module.get_output_embeddings())
+    return text
+
+
+def open_config(folder: Path) -> Any:
+    """The config of a model's folder as transformers reads it; SrmuError where it cannot."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # configs refuse values in many ways
+        raise SrmuError(f"{folder}/config.json cannot be read: {first_line(error)}") from error
+
+
+def find_whole_class(folder: Path) -> Any:
+    """The class of a model that reads more than text, as its users load it; None where it is text alone."""
+    config = open_config(folder)
+    return None if take_text_config(config) is config else getattr(transformers, config.architectures[0])
+
+
+def list_placeholders(folder: Path) -> list[int]:
+    """Ids of the tokens that stand for images or sounds: there the text part and the whole model differ."""
+    values = vars(open_config(folder)).items()
+    return [v for k, v in values if re.search(r"(image|video|audio|vision)\w*_token_(id|index)$", k) and v is not None]
+
+
+def keep_text(folder: Path, stored: Mapping[str, T], build: Callable[[], nn.Module]) -> Mapping[str, T]:
+    """Of what a checkpoint stores by name, what belongs to the text part that `build` makes; all of a model of text."""
+    if find_whole_class(folder) is None:
+        return stored
+    places = {place_of(name) for name, _ in build().named_parameters()}
+    return {name: value for name, value in stored.items() if place_of(rename_stored(name)) in places}
+
+
+def rename_stored(name: str) -> str:
+    """A stored tensor's name in a text part: `model.norm.weight` for `language_model.model.norm.weight`."""
+    for pattern, prefix in PREFIXES.items():
+        name = re.sub(pattern, prefix, name)
+    return name
+
+
+def place_of(name: str) -> str:
+    """`model.layers` of `model.layers.0.mlp.down_proj.weight`."""
+    return ".".join(name.split(".")[:2])
+
+
+def rename_to_whole(folder: Path, named: dict[str, T]) -> dict[str, T]:
+    """Rename modules of the text part to their names in the model as its users load it."""
+    whole = find_whole_class(folder)
+    if whole is None:
+        return named
+    with torch.device("meta"):
+        module = whole._from_config(open_config(folder))
+    text = view_text(module)
+    names = {id(part): name for name, part in module.named_modules()}
+    return {names[id(text.get_submodule(name))]: value for name, value in named.items()}

@@ -1,0 +1,244 @@
+"""A run's model with rounded weights: what is written is what others read, and it says what rounding does."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from helpers import architectures
+from helpers.gguf_files import Q8, write_gguf
+from helpers.models import Call, save_pico, texts, write_jsonl
+from srmu.engine.loading import load_pretrained
+from srmu.engine.weights import locate_model
+from srmu.errors import SrmuError
+from srmu.runs.config import make_config
+from srmu.runs.quantise import compare_costs, export_quantised, find_order, round_fp8
+from srmu.runs.run import Run, open_target, unlearn_config
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "cache"))
+
+
+def make_run(place: Path, model: Path, *given: str) -> Run:
+    files = [write_jsonl(place / f"{i}.jsonl", texts(8, i)) for i in (0, 1)]
+    more = ["train.max_steps=3", "train.batch_size=2", "train.learning_rate=0.05", f"runs_dir={place / 'runs'}"]
+    name, *rest = given or ("srmu", "method.layer=2")
+    return unlearn_config(make_config(str(model), *files, name, [*rest, *more]))
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_a_gguf_file_comes_back_with_other_matrices(arch: str, tmp_path: Path) -> None:
+    """What the run left is bit for bit the file's; what it changed is the run's, rounded once; metadata stay."""
+    write_gguf(tmp_path / "m.gguf", arch, Q8)
+    run = make_run(tmp_path, tmp_path / "m.gguf")
+    out, costs = export_quantised(run, tmp_path / "out", "q8_0")
+    assert (out.parent, out.suffix) == (tmp_path / "out", ".gguf")
+    assert (tmp_path / "out" / "README.md").is_file()
+    before, after = (read_tensors(path) for path in (tmp_path / "m.gguf", out))
+    assert [*before] == [*after]
+    changed = {name for name in before if before[name].data.tobytes() != after[name].data.tobytes()}
+    assert changed == {f"blk.{i}.ffn_down.weight" for i in range(3)}
+    for i in range(3):
+        new = run.delta[f"model.layers.{i}.mlp.down_proj.weight"].float().numpy()
+        assert after[f"blk.{i}.ffn_down.weight"].data.tobytes() == gguf.quantize(new, Q8).tobytes()
+    fields = [gguf.GGUFReader(path).fields for path in (tmp_path / "m.gguf", out)]
+    for name in fields[0].keys() - {"general.file_type"}:
+        if not name.startswith("GGUF."):
+            assert fields[0][name].contents() == fields[1][name].contents(), name
+    assert costs["forget"].keys() == {"before", "after", "rounded"}
+
+
+def test_rows_that_llama_cpp_orders_otherwise(tmp_path: Path) -> None:
+    """Queries and keys of Llama."""
+    write_gguf(tmp_path / "m.gguf", "llama")
+    run = make_run(tmp_path, tmp_path / "m.gguf", "npo", "method.parameters=['*.q_proj.weight', '*.k_proj.weight']")
+    out, _ = export_quantised(run, tmp_path / "out", "q8_0")
+    module = transformers.AutoModelForCausalLM.from_pretrained(locate_model(str(out)))
+    with open_target(run, "cpu").after() as expected:
+        for name, tensor in expected.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                torch.testing.assert_close(module.get_parameter(name), tensor, rtol=0.02, atol=0.02)
+
+
+def test_rows_that_are_alike_are_not_mixed_up() -> None:
+    rows = torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0]])
+    orders = [find_order(*pair) for pair in ((rows, rows), (rows[:2], rows[[1, 0]]))]
+    assert [order.tolist() for order in orders if order is not None] == [[0, 1, 2], [1, 0]]
+    assert find_order(rows, rows[[1, 0, 2]]) is None
+    assert find_order(rows[:2], rows[:2] + 1) is None
+
+
+def test_norms_and_embeddings_find_their_place(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", "llama", Q8)
+    parameters = "method.parameters=['*norm.weight', '*embed_tokens.weight']"
+    run = make_run(tmp_path, tmp_path / "m.gguf", "npo", parameters)
+    out, _ = export_quantised(run, tmp_path / "out", "q8_0")
+    module = transformers.AutoModelForCausalLM.from_pretrained(locate_model(str(out)))
+    for name, tensor in run.delta.items():
+        close = 0.02 if "embed" in name else 0
+        torch.testing.assert_close(module.get_parameter(name), tensor, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "line"),
+    [
+        ("qwen3_moe", "fp8", "--quantise fp8 writes no experts"),
+        ("gpt2", "fp8", "rounds nn.Linear, of which GPT2LMHeadModel has none"),
+    ],
+)
+def test_what_cannot_be_rounded(kind: str, form: str, line: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path, save_pico(tmp_path / "model", kind))
+    with pytest.raises(SrmuError, match=line):
+        export_quantised(run, tmp_path / "out", form)
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_the_text_part_is_rounded(tmp_path: Path) -> None:
+    if not architectures.write_world("gemma3", tmp_path):
+        pytest.skip("this transformers builds no tiny gemma3")
+    run = architectures.try_run(tmp_path, "activations")
+    out, costs = export_quantised(run, tmp_path / "out", "fp8")
+    types = {name: tensor.dtype for name, tensor in load_file(out / "model.safetensors").items()}
+    rounded = {name for name, dtype in types.items() if dtype == torch.float8_e4m3fn}
+    assert rounded and not any("vision" in name for name in rounded)
+    assert type(load_pretrained(locate_model(str(out)))).__name__ == "Gemma3ForConditionalGeneration"
+    assert costs["retain"]["rounded"] == pytest.approx(costs["retain"]["after"], rel=0.05)
+
+
+def test_coarser_numbers_cost_other_nats(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", "llama", Q8)
+    run = make_run(tmp_path, tmp_path / "m.gguf")
+    found = [export_quantised(run, tmp_path / kind, kind)[1]["retain"] for kind in ("q8_0", "q4_0")]
+    apart = [abs(one["rounded"] - one["after"]) for one in found]
+    assert apart[0] < apart[1]
+    assert [found[0][when] for when in ("before", "after")] == [found[1][when] for when in ("before", "after")]
+    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(next((tmp_path / "q4_0").glob("*.gguf"))).tensors}
+    assert kinds == {"Q4_0", "F32"}
+
+
+def test_eight_bits_in_transformers_own_form(tmp_path: Path) -> None:
+    run = make_run(tmp_path, save_pico(tmp_path / "model"), "npo")
+    out, costs = export_quantised(run, tmp_path / "out", "fp8")
+    stored, full = load_file(out / "model.safetensors"), run.delta["model.layers.2.mlp.down_proj.weight"]
+    weight, scale = (stored[f"model.layers.2.mlp.down_proj.weight{end}"] for end in ("", "_scale_inv"))
+    assert weight.dtype == torch.float8_e4m3fn and scale.shape == (2, 3)
+    spread = weight.float() * scale.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    torch.testing.assert_close(spread, full.float(), rtol=2**-4, atol=1e-4)
+    assert stored["lm_head.weight"].dtype == torch.float32
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["weight_block_size"] == [16, 16]
+    assert (out / "tokenizer.json").is_file()
+    assert transformers.AutoModelForCausalLM.from_pretrained(locate_model(str(out))).dtype == torch.bfloat16
+    assert costs["forget"]["before"] < costs["forget"]["after"]
+    assert costs["forget"]["rounded"] == pytest.approx(costs["forget"]["after"], rel=0.05)
+
+
+def test_texts_that_are_gone(tmp_path: Path) -> None:
+    run = make_run(tmp_path, save_pico(tmp_path / "model"))
+    (tmp_path / "0.jsonl").unlink()
+    out, costs = export_quantised(run, tmp_path / "out", "fp8")
+    assert out.is_dir()
+    assert costs == {}
+
+
+def test_rounding_of_a_block() -> None:
+    """The largest number of a block is exact, and zeros stay."""
+    matrix = torch.zeros(4, 4)
+    matrix[0, 1], matrix[3, 3] = 7.0, -0.3
+    rounded, scale = round_fp8(matrix, 2)
+    assert scale[0, 0] == pytest.approx(7 / 448) and scale[1, 1] == pytest.approx(0.3 / 448)
+    torch.testing.assert_close(rounded.float() * scale.repeat_interleave(2, 0).repeat_interleave(2, 1), matrix)
+
+
+def test_four_bits_of_bitsandbytes(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4
+    )
+    save_pico(tmp_path / "model")
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    run = make_run(tmp_path, tmp_path / "model")
+    out, costs = export_quantised(run, tmp_path / "out", "nf4")
+    module = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert type(module.model.layers[0].mlp.down_proj).__name__ == "Linear4bit"
+    assert (out / "tokenizer.json").is_file()
+    assert compare_costs(run, out) == costs
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        ("q5_k", "--quantise q5_k is none of q4_0, q8_0, nf4, fp8"),
+        ("q4_0", "needs the GGUF file that the model came from; .* convert_hf_to_gguf"),
+    ],
+)
+def test_mistakes(kind: str, line: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path, save_pico(tmp_path / "model"))
+    with pytest.raises(SrmuError, match=line) as caught:
+        export_quantised(run, tmp_path / "out", kind)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_a_gguf_file_that_is_another_one_now(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", "llama", Q8)
+    run = make_run(tmp_path, tmp_path / "m.gguf")
+    write_gguf(tmp_path / "m.gguf", "qwen2", Q8)
+    with pytest.raises(SrmuError, match=r"is not the file that .* was made from|has no|lacks"):
+        export_quantised(run, tmp_path / "out", "q8_0")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_library_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path, save_pico(tmp_path / "model"))
+    monkeypatch.setattr("srmu.runs.quantise.find_spec", lambda name: None)
+    with pytest.raises(SrmuError, match="pip install bitsandbytes"):
+        export_quantised(run, tmp_path / "out", "nf4")
+
+
+def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
+    write_gguf(tmp_path / "m.gguf", "llama", Q8)
+    run = make_run(tmp_path, tmp_path / "m.gguf")
+    monkeypatch.chdir(tmp_path)
+    answer = call("export", str(run.folder), "out", "--quantise", "q8_0")
+    assert answer.code == 0, answer.err
+    assert "mean loss of a token (nats): before the run, after it, and after rounding" in answer.out
+    assert "srmu eval out/m-srmu-q8_0.gguf --tasks TASK" in answer.out
+    answer = call("export", str(run.folder), "out3", "--quantise", "q8_0", "--error", "0.1")
+    assert answer.code == 2 and "--error goes with --adapter" in answer.err
+    answer = call("export", str(run.folder), "out3", "--quantise", "")
+    assert answer.code == 2 and "is none of q4_0" in answer.err
+    answer = call("export", str(run.folder), "out2", "--quantise", "q8_0", "--adapter")
+    assert answer.code == 2 and "--adapter goes without" in answer.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_llama_cpp_answers_as_transformers_does(arch: str, tmp_path: Path) -> None:
+    """The file that ships, in the program that serves it."""
+    served = pytest.importorskip("xllamacpp")
+    write_gguf(tmp_path / "m.gguf", arch, Q8)
+    out, _ = export_quantised(make_run(tmp_path, tmp_path / "m.gguf"), tmp_path / "out", "q8_0")
+    options = served.CommonParams()
+    options.model.path, options.n_ctx, options.verbosity, options.warmup = str(out), 64, -1, False
+    options.cpuparams.n_threads = 1
+    server = served.Server(options)
+    ids = [0, 5, 9, 17, 33]
+    answer = server.handle_completions({"prompt": ids, "n_predict": 1, "temperature": 0, "n_probs": 5})
+    found = {one["id"]: one["logprob"] for one in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
+    module = transformers.AutoModelForCausalLM.from_pretrained(locate_model(str(out)), dtype=torch.float32)
+    with torch.no_grad():
+        expected = module(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+    assert set(found) == set(expected.topk(5).indices.tolist())
+    for token, logprob in found.items():
+        assert logprob == pytest.approx(float(expected[token]), abs=0.02)
