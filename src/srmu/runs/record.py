@@ -9,9 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import torch
 from huggingface_hub import metadata_load
+from jsonschema.exceptions import best_match
+from jsonschema.validators import validator_for
 from torch import Tensor
 from yaml import YAMLError
 
@@ -31,6 +32,7 @@ METRICS = "metrics.jsonl"
 RESULTS_LOCK = ".results.lock"  # there while the results are written
 SCHEMA = 1  # raised when a field changes its meaning
 RECORD_SCHEMA: dict[str, Any] = read_json(Path(__file__).with_name("record.schema.json"))
+CHECKER = validator_for(RECORD_SCHEMA)(RECORD_SCHEMA)  # made once: to check the schema itself takes most of the time
 LIMITS = (
     "Not shown to be absent: other attacks, or more of the same, may recover more than was found.",
     "Nothing is said of copies, quantised or earlier versions, or models trained from this one.",
@@ -48,18 +50,17 @@ def compute_seal(record: dict[str, Any]) -> str:
 def seal_record(record: dict[str, Any]) -> dict[str, Any]:
     """Check a record against its schema, and add its seal."""
     plain: dict[str, Any] = json.loads(json.dumps({**record, "seal": ""}))
-    jsonschema.validate(plain, RECORD_SCHEMA)
+    if fault := best_match(CHECKER.iter_errors(plain)):
+        raise fault
     return plain | {"seal": compute_seal(plain)}
 
 
 def read_record(path: Path) -> dict[str, Any]:
     """Read a record; SrmuError if the file is not a record, or was edited."""
     record: dict[str, Any] = read_json(path)
-    try:
-        jsonschema.validate(record, RECORD_SCHEMA)
-    except jsonschema.ValidationError as error:
+    if error := best_match(CHECKER.iter_errors(record)):
         fault = f"{error.json_path.removeprefix('$.')}: {first_line(error)}"
-        raise SrmuError(f"{path} is not a record of this version ({fault}); make the run again") from None
+        raise SrmuError(f"{path} is not a record of this version ({fault}); make the run again")
     if record["seal"] != compute_seal(record):
         raise SrmuError(f"{path} was edited after it was written: its seal does not fit")
     return record
