@@ -216,6 +216,9 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert "srmu eval out/m-srmu-q8_0.gguf --tasks TASK" in answer.out
     answer = call("export", str(run.folder), "out3", "--quantise", "q8_0", "--error", "0.1")
     assert answer.code == 2 and "--error goes with --adapter" in answer.err
+    for place in (run.folder / "inside", run.base / "inside"):
+        answer = call("export", str(run.folder), str(place), "--quantise", "q8_0")
+        assert answer.code == 2 and "must stay as it is" in answer.err and not place.exists()
     answer = call("export", str(run.folder), "out3", "--quantise", "")
     assert answer.code == 2 and "is none of q4_0" in answer.err
     answer = call("export", str(run.folder), "out2", "--quantise", "q8_0", "--adapter")

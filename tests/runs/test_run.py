@@ -20,6 +20,7 @@ from srmu.evals.results import plain_metrics, read_metrics
 from srmu.evals.score import score_model
 from srmu.runs import run as runs
 from srmu.runs.config import Config, build_config, make_config
+from srmu.runs.quantise import export_quantised
 from srmu.runs.run import Run, unlearn_config
 from srmu.runs.verify import verify_folder
 
@@ -230,6 +231,9 @@ def test_a_run_that_diverges_keeps_the_last_good_state(workplace: Path) -> None:
         unlearn_config(wrong)
     assert not (workplace / "out").exists()
     run.export(workplace / "out", last_good=True)
+    with pytest.raises(SrmuError, match="--last-good exports"):
+        export_quantised(run, workplace / "rounded", "fp8")
+    export_quantised(run, workplace / "rounded", "fp8", last_good=True)
     module = load_module(workplace / "out")
     for name, tensor in good.items():
         assert torch.equal(dict(module.named_parameters())[name], tensor)

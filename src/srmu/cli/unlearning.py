@@ -196,16 +196,19 @@ def export_command(
     from srmu.runs.run import Run
 
     opened = Run.open(run)
-    if (adapter or quantise is not None) and (link is not None or last_good or (adapter and quantise is not None)):
+    if (adapter or quantise is not None) and (link is not None or (adapter and quantise is not None)):
         option, other = ("--adapter", "--quantise") if adapter else ("--quantise", "--adapter")
-        raise SrmuError(f"{option} goes without --link, --copy, --last-good and {other}")
+        raise SrmuError(f"{option} goes without --link, --copy and {other}")
     if error is not None and not adapter:
         raise SrmuError("--error goes with --adapter")
+    for place in (opened.folder, opened.base):
+        if out.resolve().is_relative_to(place.resolve()):
+            raise SrmuError(f"{out} lies in {place}, which must stay as it is; name a folder elsewhere")
     if quantise is not None:
-        print_quantised(opened, out, quantise, as_json)
+        print_quantised(opened, out, quantise, last_good, as_json)
         return
     if adapter:
-        print_adapter(opened, out, 0.05 if error is None else error, as_json)
+        print_adapter(opened, out, 0.05 if error is None else error, last_good, as_json)
         return
     opened.export(out, link, show_progress, last_good=last_good)
     changed = list(opened.delta)
@@ -215,11 +218,11 @@ def export_command(
     output.print_result({"out": str(out), "changed": changed}, as_json, *lines)
 
 
-def print_quantised(run: "Run", out: Path, kind: str, as_json: bool) -> None:
+def print_quantised(run: "Run", out: Path, kind: str, last_good: bool, as_json: bool) -> None:
     """Write a run's model with rounded weights, and say what rounding does to it."""
     from srmu.runs.quantise import export_quantised
 
-    place, costs = export_quantised(run, out, kind, show_progress)
+    place, costs = export_quantised(run, out, kind, show_progress, last_good=last_good)
     rows = [{"texts": role, **{when: f"{cost:.2f}" for when, cost in each.items()}} for role, each in costs.items()]
     lines = [
         "mean loss of a token (nats): before the run, after it, and after rounding"
@@ -231,11 +234,11 @@ def print_quantised(run: "Run", out: Path, kind: str, as_json: bool) -> None:
     output.print_result({"out": str(place), "quantised": kind, "costs": costs}, as_json, *lines, table=rows)
 
 
-def print_adapter(run: "Run", out: Path, error: float, as_json: bool) -> None:
+def print_adapter(run: "Run", out: Path, error: float, last_good: bool, as_json: bool) -> None:
     """Write a run's change as an adapter, and say how near it comes."""
     from srmu.runs.adapter import export_adapter
 
-    found = export_adapter(run, out, error)
+    found = export_adapter(run, out, error, last_good=last_good)
     rows = [
         {"module": name, "rank": str(part["rank"]), "left out": f"{part['error']:.1%} of the change"}
         for name, part in found["modules"].items()

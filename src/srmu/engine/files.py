@@ -220,7 +220,8 @@ def carry_files(source: Path, folder: Path) -> None:
     for file in (*source.iterdir(), *source.glob("additional_chat_templates/*")):
         target = folder / file.relative_to(source)
         wanted = file.is_file() and file.suffix in CARRIED and not file.name.startswith((".", EXPORTED))
-        if wanted and "safetensors" not in file.name and not target.exists():
+        stale = "safetensors" in file.name or file.name == "hf_quant_config.json"  # which speak of other weights
+        if wanted and not stale and not target.exists():
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(file.resolve(), target)
 

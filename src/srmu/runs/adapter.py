@@ -34,13 +34,13 @@ class Factors:
         return len(self.down)
 
 
-def export_adapter(run: Run, out: Path, error: float) -> dict[str, Any]:
+def export_adapter(run: Run, out: Path, error: float, *, last_good: bool = False) -> dict[str, Any]:
     """Write the adapter to `out`: of each matrix the lowest rank that leaves out at most `error` of the change's norm.
 
     Returns its ranks and errors by module, and how much of what the run does to logits is left out. SrmuError for a
     change that no adapter holds.
     """
-    run.require_model()
+    run.require_model(last_good)
     if not 0 < error < 1:
         raise SrmuError(f"--error {error:g} is outside 0-1: it is the share of the change that may be lost")
     modules = dict(build_skeleton(read_config(run.base)).named_modules())

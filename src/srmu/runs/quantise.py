@@ -36,11 +36,16 @@ BLOCKS = (128, 64, 32, 16)  # rows and columns that share a scale in FP8: the fi
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
-def export_quantised(run: Run, out: Path, kind: str, watch: Watch = ignore_progress) -> tuple[Path, Costs]:
-    """Write the model of a run to the folder `out`, rounded as `kind` says: what to load, and what a token costs it."""
+def export_quantised(
+    run: Run, out: Path, kind: str, watch: Watch = ignore_progress, *, last_good: bool = False
+) -> tuple[Path, Costs]:
+    """Write the model of a run to the folder `out`, rounded as `kind` says: what to load, and what a token costs it.
+
+    Refuses as `Run.export` does.
+    """
     if kind not in KINDS:
         raise SrmuError(f"--quantise {kind} is none of {', '.join(KINDS)}")
-    run.require_model()
+    run.require_model(last_good)
     if kind in LIBRARIES and find_spec(LIBRARIES[kind]) is None:
         raise SrmuError(f"--quantise {kind} takes a library: pip install {LIBRARIES[kind]}")
     writers: dict[str, Callable[[Run, str, Path], Path]] = {"nf4": write_nf4, "fp8": write_fp8}
@@ -160,7 +165,7 @@ def write_nf4(run: Run, kind: str, folder: Path) -> Path:
     from transformers import BitsAndBytesConfig
 
     with TemporaryDirectory(dir=folder.parent) as scratch:
-        full = run.export(Path(scratch) / "full")
+        full = run.export(Path(scratch) / "full", last_good=True)
         _, others = list_maps(load_pretrained(full), kind)
         settings = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -176,7 +181,7 @@ def write_nf4(run: Run, kind: str, folder: Path) -> Path:
 def write_fp8(run: Run, kind: str, folder: Path) -> Path:
     """A folder in transformers' own FP8: each linear map of the text model as e4m3 numbers with a scale a block."""
     with TemporaryDirectory(dir=folder.parent) as scratch:
-        module = load_pretrained(run.export(Path(scratch) / "full"))
+        module = load_pretrained(run.export(Path(scratch) / "full", last_good=True))
     tensors, (chosen, others) = module.state_dict(), list_maps(module, kind)
     sizes = {size for name in chosen for size in tensors[f"{name}.weight"].shape}
     block = next((size for size in BLOCKS if all(one % size == 0 for one in sizes)), 0)
