@@ -272,9 +272,9 @@ def test_an_export_is_compared_with_one_model_in_memory_at_a_time(
     run = unlearned(save_pico(tmp_path / "model"))
     sample, load, seen = runs.sample_logits, runs.load_pretrained, list[Any]()
 
-    def sample_noted(module: Any) -> Any:
+    def sample_noted(module: Any, folder: Any) -> Any:
         seen.append(weakref.ref(module))
-        return sample(module)
+        return sample(module, folder)
 
     def load_alone(folder: Path) -> Any:
         gc.collect()

@@ -87,12 +87,13 @@ def take_text_config(config: Any) -> Any:
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(text) not in MODEL_MAPPING:
         what = f"transformers builds the text part of {config.model_type} ({text.model_type}) only inside the whole"
         raise SrmuError(f"{what}; srmu needs a text model that stands alone")
-    tied = getattr(config, "tie_word_embeddings", None)  # that of the whole is the one that counts
+    # what the whole says is what counts
+    tied = getattr(config, "tie_word_embeddings", None)
     text.tie_word_embeddings = getattr(text, "tie_word_embeddings", False) if tied is None else tied
+    text.dtype = config.dtype or text.dtype
     for name in ("quantization_config", "quantization"):  # MLX has the second
         if how := getattr(config, name, None):
             setattr(text, name, how)
-    text.dtype = config.dtype or text.dtype  # likewise
     return text
 
 

@@ -153,8 +153,9 @@ def list_candidates(
     `aliases` are the names of a parameter that stands in several places, such as a tied head: each may be stored, too.
     """
     entries, found = stored_entries(folder), {}
+    renamed = {key: rename_stored(key) for key in entries}
     for name, original in originals.items():
-        close = ([key for key in entries if are_alike(rename_stored(key), one)] for one in aliases.get(name, [name]))
+        close = ([key for key in entries if are_alike(renamed[key], one)] for one in aliases.get(name, [name]))
         parts = [(keys, original) for keys in close if keys]
         if not parts:
             # transformers may give it another name: embed_out of GPT-NeoX is its lm_head
