@@ -57,6 +57,8 @@ def test_answers_stand_side_by_side(call: Call, tmp_path: Path) -> None:
     assert " model" in of_model and of_model.splitlines()[-1].startswith("next: srmu unlearn --model model")
     assert before == sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts)
     assert not any(b"w50 w3" in path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    assert call("export", run, "exported").code == 0
+    assert call("ask", "exported", "w50 w3").out.splitlines()[-1] == "next: srmu verify exported"
     out = Path("new/answers.json")
     assert f"wrote {out}" in call("ask", run, "w50 w3", "--tokens", "3", "--out", out).out
     assert json.loads(out.read_text())["answers"] == [first]

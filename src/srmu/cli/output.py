@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from srmu.engine.files import EXPORTED
 from srmu.engine.progress import print_line
 from srmu.errors import SrmuError
 
@@ -49,6 +50,9 @@ def next_command(*words: object) -> str:
 
 
 def next_unlearning(model: object, *more: object) -> str:
+    """The command that makes a model unlearn; of one that was exported from a run, the one that checks it."""
+    if (Path(str(model)) / EXPORTED).is_file():
+        return next_command("verify", model)
     return next_command("unlearn", "--model", model, "--forget", "F", "--retain", "R", *more)
 
 
