@@ -9,15 +9,17 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from helpers import architectures
 from helpers.gguf_files import Q8, write_gguf
-from helpers.models import Call, save_pico, texts, write_jsonl
+from helpers.models import GROUPED, Call, save_pico, texts, write_jsonl
 from srmu.engine.loading import load_pretrained
 from srmu.engine.weights import locate_model
 from srmu.errors import SrmuError
 from srmu.runs.config import make_config
-from srmu.runs.quantise import compare_costs, export_quantised, find_order, round_fp8
+from srmu.runs.gguf_file import SPLITS, find_order
+from srmu.runs.quantise import compare_costs, export_quantised, round_fp8
 from srmu.runs.run import Run, open_target, unlearn_config
 
 
@@ -143,12 +145,12 @@ def test_eight_bits_in_transformers_own_form(tmp_path: Path) -> None:
     assert costs["forget"]["rounded"] == pytest.approx(costs["forget"]["after"], rel=0.05)
 
 
-def test_texts_that_are_gone(tmp_path: Path) -> None:
+def test_texts_that_are_gone(tmp_path: Path, capsys: Any) -> None:
     run = make_run(tmp_path, save_pico(tmp_path / "model"))
     (tmp_path / "0.jsonl").unlink()
     out, costs = export_quantised(run, tmp_path / "out", "fp8")
     assert out.is_dir()
-    assert costs == {}
+    assert costs == {} and "0.jsonl: no such file" in capsys.readouterr().err
 
 
 def test_rounding_of_a_block() -> None:
@@ -176,13 +178,7 @@ def test_four_bits_of_bitsandbytes(tmp_path: Path) -> None:
     assert compare_costs(run, out) == costs
 
 
-@pytest.mark.parametrize(
-    ("kind", "line"),
-    [
-        ("q5_k", "--quantise q5_k is none of q4_0, q8_0, nf4, fp8"),
-        ("q4_0", "needs the GGUF file that the model came from; .* convert_hf_to_gguf"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "line"), [("q5_k", "--quantise q5_k is none of q4_0, q8_0, nf4, fp8")])
 def test_mistakes(kind: str, line: str, tmp_path: Path) -> None:
     run = make_run(tmp_path, save_pico(tmp_path / "model"))
     with pytest.raises(SrmuError, match=line) as caught:
@@ -225,23 +221,115 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert answer.code == 2 and "--adapter goes without" in answer.err
 
 
+def ask_llama_cpp(path: Path, prompt: Any) -> dict[int, float]:
+    """The five likeliest next tokens, as the program that serves GGUF files has them."""
+    served = pytest.importorskip("xllamacpp")
+    options = served.CommonParams()
+    options.model.path, options.n_ctx, options.verbosity, options.warmup = str(path), 64, -1, False
+    options.cpuparams.n_threads = 1
+    given = {"prompt": prompt, "n_predict": 1, "temperature": 0, "n_probs": 5}
+    answer = served.Server(options).handle_completions(given)
+    return {one["id"]: one["logprob"] for one in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
+
+
+def ask_transformers(module: Any, ids: list[int]) -> dict[int, float]:
+    with torch.no_grad():
+        logs = module.float()(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+    return {int(token): float(logs[token]) for token in logs.topk(5).indices}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])
 def test_llama_cpp_answers_as_transformers_does(arch: str, tmp_path: Path) -> None:
     """The file that ships, in the program that serves it."""
-    served = pytest.importorskip("xllamacpp")
     write_gguf(tmp_path / "m.gguf", arch, Q8)
     out, _ = export_quantised(make_run(tmp_path, tmp_path / "m.gguf"), tmp_path / "out", "q8_0")
-    options = served.CommonParams()
-    options.model.path, options.n_ctx, options.verbosity, options.warmup = str(out), 64, -1, False
-    options.cpuparams.n_threads = 1
-    server = served.Server(options)
     ids = [0, 5, 9, 17, 33]
-    answer = server.handle_completions({"prompt": ids, "n_predict": 1, "temperature": 0, "n_probs": 5})
-    found = {one["id"]: one["logprob"] for one in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
-    module = transformers.AutoModelForCausalLM.from_pretrained(locate_model(str(out)), dtype=torch.float32)
-    with torch.no_grad():
-        expected = module(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-    assert set(found) == set(expected.topk(5).indices.tolist())
-    for token, logprob in found.items():
-        assert logprob == pytest.approx(float(expected[token]), abs=0.02)
+    module = transformers.AutoModelForCausalLM.from_pretrained(locate_model(str(out)))
+    assert ask_llama_cpp(out, ids) == pytest.approx(ask_transformers(module, ids), abs=0.02)
+
+
+# --- a GGUF file of a model that came from none
+
+CUTS = {
+    "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "smollm": pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+    **{
+        name: pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(pattern), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        for pattern, name in SPLITS.items()
+    },
+}
+SAID = "<s>it's 2026 w1 w22, w333!  WE'LL see\n\nwhat 12345 gives </s>"
+
+
+def save_bytes(folder: Path, arch: str, cut: str) -> Path:
+    """A tiny model whose tokenizer merges bytes, after it cut the text as models of a kind do."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = CUTS[cut], decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=380, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator([*texts(40, 0), "it's what 2026 gives, we'll see 12345 333"] * 3, trainer)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    fast.chat_template = "{{ messages[0]['content'] }}"
+    fast.save_pretrained(folder)
+    sizes = {**GROUPED, "vocab_size": 400, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 1}
+    sizes |= {
+        "hidden_size": 64,
+        "head_dim": 128 if arch == "qwen3" else 16,
+        "intermediate_size": 64,
+        "tie_word_embeddings": arch == "qwen2",
+    }
+    config = transformers.CONFIG_MAPPING[arch](**sizes)
+    torch.manual_seed(0)
+    module = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in module.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    module.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arch", "cut"), [("llama", "smollm"), ("mistral", "gpt-2"), ("qwen2", "qwen2"), ("qwen3", "llama-bpe")]
+)
+def test_llama_cpp_reads_text_as_transformers_does(arch: str, cut: str, tmp_path: Path) -> None:
+    """Tokens and logits, from a file that was written anew."""
+    folder = save_bytes(tmp_path / "model", arch, cut)
+    run = make_run(tmp_path, folder, "srmu", "method.layer=2")
+    out, costs = export_quantised(run, tmp_path / "out", "q8_0")
+    assert costs["retain"]["rounded"] == pytest.approx(costs["retain"]["after"], rel=0.05)
+    fields = gguf.GGUFReader(out).fields
+    assert fields["tokenizer.ggml.pre"].contents() == cut
+    assert fields["tokenizer.chat_template"].contents() == "{{ messages[0]['content'] }}"
+    ids = transformers.AutoTokenizer.from_pretrained(folder)(SAID)["input_ids"]
+    with open_target(run, "cpu").after() as module:
+        expected = ask_transformers(module, ids)
+    found = ask_llama_cpp(out, SAID)
+    both = found.keys() & expected.keys()
+    assert len(both) >= 4
+    assert [found[token] for token in both] == pytest.approx([expected[token] for token in both], abs=0.1)
+    assert found == pytest.approx(ask_llama_cpp(out, ids), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        ("gemma2", "a gemma2 is not written as a GGUF file here: .* convert_hf_to_gguf"),
+        ("llama", "the tokenizer of .*"),
+    ],
+)
+def test_what_is_not_written_as_a_gguf_file(kind: str, line: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path, save_pico(tmp_path / "model", kind))
+    with pytest.raises(SrmuError, match=line):
+        export_quantised(run, tmp_path / "out", "q4_0")
+    assert not (tmp_path / "out").exists()

@@ -225,9 +225,7 @@ def print_quantised(run: "Run", out: Path, kind: str, last_good: bool, as_json: 
     place, costs = export_quantised(run, out, kind, show_progress, last_good=last_good)
     rows = [{"texts": role, **{when: f"{cost:.2f}" for when, cost in each.items()}} for role, each in costs.items()]
     lines = [
-        "mean loss of a token (nats): before the run, after it, and after rounding"
-        if costs
-        else "what rounding does was not measured: the run's texts cannot be read",
+        *["mean loss of a token (nats): before the run, after it, and after rounding"] * bool(costs),
         f"wrote {place}, with its model card; srmu eval evaluates it as it ships",
         output.next_command("eval", place, "--tasks", "TASK"),
     ]

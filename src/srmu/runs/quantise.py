@@ -1,6 +1,5 @@
-"""A run's full model with rounded weights, as it is served: a GGUF file, or a folder in NF4 or FP8."""
+"""A run's model with rounded weights, as it is served: a GGUF file, or a folder in NF4 or FP8."""
 
-import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,10 +14,11 @@ from srmu.engine.files import carry_files, read_json, whole_folder, write_json, 
 from srmu.engine.loading import load_module, load_pretrained
 from srmu.engine.losses import average_means, mean_nll
 from srmu.engine.model import EditableModel
-from srmu.engine.progress import Watch, ignore_progress
+from srmu.engine.progress import Watch, ignore_progress, print_line
 from srmu.engine.sites import is_stack
 from srmu.engine.topic import move_batch
 from srmu.errors import SrmuError, first_line
+from srmu.runs.gguf_file import convert_to_gguf, rewrite_gguf
 from srmu.runs.model_card import write_model_card
 from srmu.runs.plan import load_topics
 from srmu.runs.run import CARD, Run, open_target
@@ -27,10 +27,6 @@ Costs = dict[str, dict[str, float]]  # by role, then before, after, rounded
 
 KINDS = ("q4_0", "q8_0", "nf4", "fp8")
 LIBRARIES = {"q4_0": "gguf", "q8_0": "gguf", "nf4": "bitsandbytes"}  # beside those that are always here
-# What is rounded in a GGUF file; norms, routers and convolutions are not.
-ROUNDED = re.compile(
-    r"(blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down)(_exps|_shexp)?)|token_embd|output)\.weight"
-)
 BATCHES = 2  # of each role and topic, on which rounding is measured
 BLOCKS = (128, 64, 32, 16)  # rows and columns that share a scale in FP8: the first that divides all sizes
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
@@ -58,20 +54,21 @@ def export_quantised(
             raise SrmuError(f"{run.folder} cannot be written as {kind}: {first_line(error)}") from error
         write_whole(folder / CARD, write_model_card(run.record, kind))
     place = out if name == folder.name else out / name
-    return place, compare_costs(run, place, watch)
+    try:
+        return place, compare_costs(run, place, watch)
+    except SrmuError as error:  # such as texts that are gone, or a file that transformers cannot read
+        print_line(f"what rounding does was not measured: {error}")
+        return place, {}
 
 
 @torch.no_grad()
 def compare_costs(run: Run, place: Path, watch: Watch = ignore_progress) -> Costs:
     """What a forget and a retain token of the run's first batches cost the original, its model and that one rounded.
 
-    In nats; empty where the run's texts are no longer here.
+    In nats.
     """
     opened = open_target(run, "cpu")
-    try:
-        topics = load_topics(run.config, opened.tokenizer)
-    except (SrmuError, OSError):
-        return {}
+    topics = load_topics(run.config, opened.tokenizer)
     costs: Costs = {}
 
     def measure(when: str, module: Any, tick: Callable[[str], None]) -> None:
@@ -92,72 +89,9 @@ def compare_costs(run: Run, place: Path, watch: Watch = ignore_progress) -> Cost
 
 
 def write_gguf(run: Run, kind: str, folder: Path) -> Path:
-    """The GGUF file that the run's model came from, with its matrices rounded anew; what else it says stays."""
-    import gguf
-
-    source = Path(run.config.model).expanduser()
-    if source.suffix != ".gguf":
-        advice = "export without --quantise, then use llama.cpp's convert_hf_to_gguf.py and llama-quantize"
-        raise SrmuError(f"--quantise {kind} needs the GGUF file that the model came from; {run.base} is none: {advice}")
-    reader, target = gguf.GGUFReader(source), gguf.GGMLQuantizationType[kind.upper()]
-    arch = str(reader.fields["general.architecture"].contents())
-    changed = place_changes(run, reader, arch)
-    path = folder / f"{source.stem}-{run.config.method.name}-{kind}.gguf"
-    writer = gguf.GGUFWriter(path, arch)
-    for field in reader.fields.values():
-        if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.file_type"):
-            continue
-        inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(field.name, field.contents(), field.types[0], inner)
-    if "general.quantization_version" not in reader.fields:
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    if "general.alignment" in reader.fields:
-        writer.data_alignment = int(reader.fields["general.alignment"].contents())
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
-    for tensor in reader.tensors:
-        fits = ROUNDED.fullmatch(tensor.name) and tensor.shape[0] % gguf.GGML_QUANT_SIZES[target][0] == 0
-        wanted = target if fits else tensor.tensor_type
-        data = tensor.data
-        if tensor.name in changed or wanted != tensor.tensor_type:
-            values = changed.get(tensor.name)
-            plain = gguf.dequantize(tensor.data, tensor.tensor_type) if values is None else values.numpy()
-            data = gguf.quantize(plain, wanted)
-        writer.add_tensor(tensor.name, data, raw_dtype=wanted)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def place_changes(run: Run, reader: Any, arch: str) -> dict[str, Tensor]:
-    """The changed tensors in float32, by their names in a GGUF file and with their rows in its order."""
-    import gguf
-
-    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    blocks = int(reader.fields[f"{arch}.block_count"].contents())
-    names, held = gguf.get_tensor_name_map(kinds[arch], blocks), {tensor.name: tensor for tensor in reader.tensors}
-    where, placed = weights.list_shards(run.base), {}
-    for key, new in run.delta.items():
-        name = names.get_name(key, try_suffixes=(".weight", ".bias"))
-        order = None
-        if name is not None and name in held:
-            old = weights.stored_tensor(where[key], key)
-            there = torch.from_numpy(gguf.dequantize(held[name].data, held[name].tensor_type).copy()).to(old.dtype)
-            order = find_order(old, there)
-        if name is None or order is None:
-            raise SrmuError(f"the GGUF file holds {key} in another form; export without --quantise")
-        placed[name] = new[order].float().contiguous()
-    return placed
-
-
-def find_order(rows: Tensor, others: Tensor) -> Tensor | None:
-    """Which of `rows` each row of `others` is, as llama.cpp reorders some matrices; None if that is not clear."""
-    if torch.equal(rows, others):
-        return torch.arange(len(rows))
-    places = {weights.flat_bytes(row).tobytes(): i for i, row in enumerate(rows)}
-    found = [places.get(weights.flat_bytes(row).tobytes()) for row in others]
-    return torch.tensor(found) if len(places) == len(rows) and {*found} == {*range(len(rows))} else None
+    """A GGUF file: of a base in one the same file with other matrices, else a new one."""
+    write = rewrite_gguf if Path(run.config.model).suffix == ".gguf" else convert_to_gguf
+    return write(run, kind, folder)
 
 
 def write_nf4(run: Run, kind: str, folder: Path) -> Path:
