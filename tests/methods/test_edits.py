@@ -87,8 +87,8 @@ def forget_nll(model: EditableModel) -> float:
 def test_only_the_trained_tensors_change(name: str, arch: str) -> None:
     """MLP matrices or what is named, all others bit for bit; the global random state is kept."""
     method = EDITS[name]
-    if arch == "mixtral" and name in ("depn", "repselect"):
-        with pytest.raises(SrmuError, match=r"mixture of experts|no parameter"):
+    if arch == "mixtral" and name == "depn":
+        with pytest.raises(SrmuError, match="mixture of experts"):
             edited(method, arch=arch)
         return
     before = pico_module(arch).state_dict()
@@ -101,7 +101,7 @@ def test_only_the_trained_tensors_change(name: str, arch: str) -> None:
     if name == "depn":
         assert all(k in {down_name(arch, i) for i in range(4)} for k in changed)
     if name == "repselect":
-        assert all("mlp" in k and k.endswith("weight") for k in changed)
+        assert all("mlp" in k and k.endswith(("weight", "_proj")) for k in changed)
         assert changed == set(model.trained)
     assert all(p.grad is None and p.requires_grad for p in model.trained.values())
 

@@ -962,7 +962,7 @@ def test_lora(arch: str, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         ("llama", "*norm*", "input_layernorm"),
         ("llama", "model.embed_tokens.weight", "embed_tokens"),
         ("gpt2", "*c_fc.bias", "c_fc.bias"),
-        ("mixtral", "*experts.down_proj", "experts.down_proj"),
+        ("mixtral", "*mlp.gate.weight", "mlp.gate.weight"),
     ],
 )
 def test_adapters_stand_beside_linear_maps_only(arch: str, pattern: str, name: str) -> None:

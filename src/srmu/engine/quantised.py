@@ -47,7 +47,10 @@ def refuse_quantised(model: str | Path, config: Any, later: Collection[str] = ()
 
 def dequantise_folder(folder: Path) -> Path:
     """The folder of a model in bfloat16, made once, in place of one in FP8 or MXFP4; else the folder itself."""
-    settings = read_json(folder / "config.json", {})
+    try:
+        settings = read_json(folder / "config.json", {})
+    except SrmuError:  # `read_config` says what is wrong with it
+        return folder
     kind, _ = name_quantisation(settings.get("quantization_config") if isinstance(settings, dict) else None)
     if kind not in DEQUANTISED or not any(folder.glob("*.safetensors")):  # a plan needs the config alone
         return folder
