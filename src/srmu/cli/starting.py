@@ -17,6 +17,7 @@ KINDS = {
     "hashes": "hashes",
     "models from GGUF": "gguf",
     "merged adapters": "adapters",
+    "dequantised models": "dequantised",
     "what models know": "atlas",
     "answers of the demo": "asked",
 }
