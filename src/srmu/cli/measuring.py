@@ -67,7 +67,7 @@ def eval_command(
         if not as_json:
             print_table(benchmark_table(find_benchmark(name)[0], measured))
         scores = {when: scores.get(when, {}) | one for when, one in (scores | measured).items()}
-    lines = [output.next_unlearning(target)]
+    lines = [output.next_for_model(target)]
     if "before" in scores:
         run = output.shorten_path(Path(target))
         following = output.next_command("report", run) if asked else output.next_command("export", run, "OUT")
@@ -121,7 +121,7 @@ def ask_command(
     if out:
         write_output(out, format_json(result))
     wrote, run = [f"wrote {out}"] if out else [], find_run(target)
-    following = output.next_evaluation(run) if run else output.next_unlearning(target)
+    following = output.next_evaluation(run) if run else output.next_for_model(target)
     output.print_result(result, as_json, *wrote, following)
 
 
@@ -289,7 +289,7 @@ def print_reach(target: str, method: str, settings: list[str], as_json: bool) ->
     else:
         answer, rows = inspect_reach(target, method or "srmu", settings)
         chosen = ["--method", method] if method else []
-        following = output.next_unlearning(target, *chosen, *settings)
+        following = output.next_for_model(target, *chosen, *settings)
     output.print_result(answer, as_json, answer["sentence"], following, table=rows)
 
 
@@ -337,7 +337,7 @@ def list_tokens(texts: dict[str, list[str]], model: str, as_json: bool) -> None:
             cut = ["...", *marked[-TOKENS:]] if len(ids) > 2 * TOKENS else marked[TOKENS:]
             lines.append("  " + " ".join([*marked[:TOKENS], *cut]))
             answer.append({"role": role, "row": number, "taken": taken, "ids": ids, "counted": counted})
-    lines.append(output.next_unlearning(model))
+    lines.append(output.next_for_model(model))
     output.print_result({"rows": answer}, as_json, *lines)
 
 

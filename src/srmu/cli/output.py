@@ -49,8 +49,8 @@ def next_command(*words: object) -> str:
     return f"next: {quote_command(*words)}"
 
 
-def next_unlearning(model: object, *more: object) -> str:
-    """The command that makes a model unlearn; of one that was exported from a run, the one that checks it."""
+def next_for_model(model: object, *more: object) -> str:
+    """The command that makes a model unlearn; for a model that was exported from a run, the one that verifies it."""
     if (Path(str(model)) / EXPORTED).is_file():
         return next_command("verify", model)
     return next_command("unlearn", "--model", model, "--forget", "F", "--retain", "R", *more)

@@ -189,10 +189,8 @@ def export_command(
     quantise: Annotated[str | None, Option(help="Round the weights: q4_0, q8_0 (GGUF), nf4 or fp8.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Write a run's full model, which plain transformers loads, rounded for serving, or its change as an adapter."""
-    from transformers import AutoModelForCausalLM
-
-    from srmu.engine.text_part import find_whole_class
+    """Write a run's full model, which plain transformers loads; or the model rounded, or its change as an adapter."""
+    from srmu.engine.text_part import find_loader
     from srmu.runs.run import Run
 
     opened = Run.open(run)
@@ -213,8 +211,8 @@ def export_command(
     opened.export(out, link, show_progress, last_good=last_good)
     changed = list(opened.delta)
     lines = [f"{len(changed)} tensors changed: {', '.join(changed)}", f"wrote {out}, with its model card and record"]
-    loader = find_whole_class(out) or AutoModelForCausalLM
-    lines.append(f"{output.next_command('verify', out)}, then {loader.__name__}.from_pretrained({str(out)!r})")
+    loader = find_loader(out).__name__
+    lines.append(f"{output.next_command('verify', out)}, then {loader}.from_pretrained({str(out)!r})")
     output.print_result({"out": str(out), "changed": changed}, as_json, *lines)
 
 

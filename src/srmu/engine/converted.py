@@ -25,7 +25,7 @@ from srmu.engine.files import (
     write_json,
 )
 from srmu.engine.progress import print_line
-from srmu.engine.text_part import find_whole_class
+from srmu.engine.text_part import find_loader
 from srmu.errors import SrmuError, first_line
 
 SOURCE = "srmu-source.json"  # beside the folder of a model: what it was made from
@@ -47,6 +47,12 @@ def hash_file(path: Path) -> str:
     return found
 
 
+def hash_folders(*folders: Path) -> str:
+    """One SHA-256 for the files of all folders together."""
+    held = sorted(path for folder in folders for path in folder.iterdir() if path.is_file())
+    return sha256(*(hash_file(path).encode() for path in held))
+
+
 def merge_adapter(folder: Path, locate: Callable[[str, str | None], Path]) -> Path:
     """The folder of an adapter's base with the adapter in its weights; `locate` finds the base.
 
@@ -66,8 +72,7 @@ def merge_adapter(folder: Path, locate: Callable[[str, str | None], Path]) -> Pa
         base = locate(wanted, None if Path(wanted).expanduser().exists() else revision)
     except SrmuError as error:
         raise SrmuError(f"the base of adapter {folder}: {error}") from error
-    held = sorted(path for place in (folder, base) for path in place.iterdir() if path.is_file())
-    place = cache_dir() / "adapters" / sha256(*(hash_file(path).encode() for path in held))
+    place = cache_dir() / "adapters" / hash_folders(folder, base)
     if not (place / "model").is_dir():
         source = {"file": folder.name, "sha256": hash_file(folder / ADAPTED), "base": str(named)}
         merge(folder, base, place, source)
@@ -93,7 +98,7 @@ def merge(folder: Path, base: Path, place: Path, source: dict[str, Any]) -> None
     print_line(f"merging adapter {folder} with its base {source['base']}, once, to {format_gb(size)} in {place}")
     try:
         given: dict[str, Any] = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}
-        module: Any = (find_whole_class(base) or AutoModelForCausalLM).from_pretrained(base, **given)
+        module: Any = find_loader(base).from_pretrained(base, **given)
         module = put_adapter(module, folder)
         refuse_strays(folder, module)
         module = module.merge_and_unload()
@@ -166,7 +171,7 @@ def keep_folder(
 
 
 def drop_quantisation(module: Any) -> Any:
-    """A dequantised model that is no longer marked as quantised, which transformers does not save."""
+    """A dequantised model without the mark of quantisation in its config, with which transformers would not save it."""
     settings = module.config.to_dict()
     settings.pop("quantization_config", None)
     with torch.device("meta"):

@@ -14,16 +14,16 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel, logging
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, logging
 
 from srmu.engine.converted import ADAPTER
 from srmu.engine.devices import computes_bf16
 from srmu.engine.text_part import (
-    LANGUAGE_MODELS,
     PREFIXES,
-    WHOLE_MODELS,
     choose_class,
+    find_loader,
     find_whole_class,
+    is_language_model,
     keep_text,
     list_placeholders,
     open_config,
@@ -42,8 +42,7 @@ def read_config(folder: Path) -> Any:
         raise SrmuError(f"model folder {folder} holds an adapter beside the model: {mend}")
     whole = open_config(folder)
     config, kind, name = take_text_config(whole), whole.model_type, str((whole.architectures or ["none named"])[0])
-    classes = LANGUAGE_MODELS if config is whole else WHOLE_MODELS
-    if not name.endswith(classes) or (config is not whole and not hasattr(transformers, name)):
+    if not is_language_model(name, whole) or (config is not whole and not hasattr(transformers, name)):
         what = f"{folder} is not a causal language model: its architecture is {name}"
         raise SrmuError(f"{what}; srmu needs one that transformers loads with AutoModelForCausalLM")
     if whole is config and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -109,7 +108,7 @@ def choose_dtype(folder: Path, device: str, dtype: str = "auto") -> str:
 
 def load_pretrained(folder: Path, loader: Any = None, **options: Any) -> Any:
     """What transformers loads from a folder; without options, as its user would, with the images that it reads."""
-    loader = loader or find_whole_class(folder) or AutoModelForCausalLM
+    loader = loader or find_loader(folder)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # else it lists the layers that were left out
     try:

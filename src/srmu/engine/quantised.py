@@ -7,12 +7,12 @@ from typing import Any
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from srmu.engine.converted import drop_quantisation, hash_file, keep_folder
-from srmu.engine.files import cache_dir, format_gb, read_json, require_space, sha256
+from srmu.engine.converted import drop_quantisation, hash_folders, keep_folder
+from srmu.engine.files import cache_dir, format_gb, read_json, require_space
 from srmu.engine.progress import print_line
-from srmu.engine.text_part import find_whole_class
+from srmu.engine.text_part import find_loader
 from srmu.errors import SrmuError, first_line
 
 # What transformers itself dequantises, rounded to bfloat16.
@@ -26,7 +26,7 @@ WAYS_OUT = {
 
 
 def name_quantisation(settings: Any) -> tuple[str, Any]:
-    """How a model is quantised, and its bits if they are named, by its config's part on it; "" where it is not."""
+    """The kind of quantisation that a part of a config describes, and its bits; "" where there is none."""
     if not settings:
         return "", None
     found = settings.to_dict() if hasattr(settings, "to_dict") else settings if isinstance(settings, dict) else {}
@@ -36,7 +36,7 @@ def name_quantisation(settings: Any) -> tuple[str, Any]:
 
 
 def refuse_quantised(model: str | Path, config: Any, later: Collection[str] = ()) -> None:
-    """SrmuError for a model whose weights are quantised; kinds in `later` will be dequantised when they are there."""
+    """SrmuError for a quantised model, unless its kind is in `later`: dequantised once its weights are here."""
     kind, bits = name_quantisation(
         getattr(config, "quantization_config", None) or getattr(config, "quantization", None)
     )
@@ -46,7 +46,7 @@ def refuse_quantised(model: str | Path, config: Any, later: Collection[str] = ()
 
 
 def dequantise_folder(folder: Path) -> Path:
-    """The folder of a model in bfloat16, made once, in place of one in FP8 or MXFP4; else the folder itself."""
+    """The folder to load: for a model in FP8 or MXFP4 its copy in bfloat16, made once; else the folder itself."""
     try:
         settings = read_json(folder / "config.json", {})
     except SrmuError:  # `read_config` says what is wrong with it
@@ -54,8 +54,7 @@ def dequantise_folder(folder: Path) -> Path:
     kind, _ = name_quantisation(settings.get("quantization_config") if isinstance(settings, dict) else None)
     if kind not in DEQUANTISED or not any(folder.glob("*.safetensors")):  # a plan needs the config alone
         return folder
-    held = sorted(path for path in folder.iterdir() if path.is_file())
-    digest = sha256(*(hash_file(path).encode() for path in held))
+    digest = hash_folders(folder)
     place = cache_dir() / "dequantised" / digest
     if not (place / "model").is_dir():
         write_dequantised(folder, kind, place, {"folder": folder.name, "sha256": digest, "quantisation": kind})
@@ -63,16 +62,16 @@ def dequantise_folder(folder: Path) -> Path:
 
 
 def write_dequantised(folder: Path, kind: str, place: Path, source: dict[str, Any]) -> None:
-    """Write what transformers dequantises of a folder to `place/model`."""
+    """Write the model of a folder, dequantised by transformers, to `place/model`."""
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) * (4 if kind == "mxfp4" else 2)
     require_space(place, size)
     print_line(f"dequantising {folder} ({kind}), once, to {format_gb(size)} at most in {place}")
     settings = getattr(transformers, DEQUANTISED[kind])(dequantize=True)
     given = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     try:
-        loader: Any = find_whole_class(folder) or AutoModelForCausalLM
+        loader = find_loader(folder)
         module, info = loader.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=settings, **given)
-        refuse_lacking(folder, info)
+        refuse_incomplete(folder, info)
         module = module.to(torch.bfloat16)  # with what is not quantised
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
@@ -80,16 +79,16 @@ def write_dequantised(folder: Path, kind: str, place: Path, source: dict[str, An
     keep_folder(drop_quantisation(module), tokenizer, place, {"quantised": source}, beside=folder)
 
 
-def refuse_lacking(folder: Path, info: dict[str, Any]) -> None:
-    """ValueError where tensors are missing, or FP8 numbers have not the scale that transformers looks for."""
+def refuse_incomplete(folder: Path, info: dict[str, Any]) -> None:
+    """ValueError where tensors are missing, or an FP8 tensor lacks the scale that transformers looks for."""
     held: set[str] = set()
-    eighths = []
+    rounded = []
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 (no mapping)
                 held.add(name)
-                eighths += [name] if file.get_slice(name).get_dtype().startswith("F8_E4") else []
-    if lost := [name for name in eighths if f"{name}_scale_inv" not in held]:
+                rounded += [name] if file.get_slice(name).get_dtype().startswith("F8_E4") else []
+    if lost := [name for name in rounded if f"{name}_scale_inv" not in held]:
         raise ValueError(f"it holds {lost[0]} in FP8 without {lost[0]}_scale_inv")
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"it lacks {len(missing)} tensors, the first is {missing[0]}")

@@ -24,7 +24,7 @@ DOWN = re.compile(
     r"|output_linear|output\.dense)(\.weight)?"
 )
 ELSEWHERE = re.compile("attn|attention|norm|router|gate\\.")  # names of matrices that are no part of an MLP
-ROUTER = re.compile(r"(.*\.)?(router|gate|shared_expert_gate)(\..*)?")  # what sends a token to experts
+ROUTER = re.compile(r"(.*\.)?(router|gate|shared_expert_gate)(\..*)?")  # modules that send tokens to experts
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def is_stack(name: str, parameter: Tensor) -> bool:
 
 
 def find_routers(layer: nn.Module) -> list[nn.Module]:
-    """What sends tokens to experts in a decoder layer; nothing where there are none."""
+    """The routers of a decoder layer, which send tokens to experts; empty for a layer without experts."""
     if not any(is_stack(name, parameter) for name, parameter in layer.named_parameters()):
         return []
     named = {name: part for name, part in layer.named_modules() if re.fullmatch(r"(.*\.)?(router|gate)", name)}
@@ -108,7 +108,7 @@ def find_routers(layer: nn.Module) -> list[nn.Module]:
 def catch_choices(routers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
     """Catch the experts that each router chooses for each token, (B T, k), sorted: the next forward fills the list.
 
-    Of a router that gives scores alone it is the first choice.
+    For a router that gives scores alone, that is its first choice.
     """
     caught: list[Tensor] = []
 

@@ -36,7 +36,7 @@ PREFIXES = {
 
 
 class TextPart(PreTrainedModel, GenerationMixin):
-    """A text model of transformers that has no causal language model there, under a head."""
+    """A causal language model around a text model for which transformers has none."""
 
     base_model_prefix = "model"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (as transformers has it)
@@ -79,11 +79,21 @@ class TextPart(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(logits=logits, past_key_values=out.past_key_values)
 
 
+def reads_more(config: Any) -> bool:
+    """Whether a model reads more than text, and has a text part that srmu could take out."""
+    return config.get_text_config() is not config and not config.is_encoder_decoder
+
+
+def is_language_model(name: str, config: Any) -> bool:
+    """Whether a class of that name, with such a config, is one that predicts tokens."""
+    return name.endswith(WHOLE_MODELS if reads_more(config) else LANGUAGE_MODELS)
+
+
 def take_text_config(config: Any) -> Any:
-    """The config of a model's text part; the config itself where the model is text alone."""
-    text = config.get_text_config()
-    if text is config or config.is_encoder_decoder:
+    """The config of a model's text part; the config itself where the model reads text alone."""
+    if not reads_more(config):
         return config
+    text = config.get_text_config()
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(text) not in MODEL_MAPPING:
         what = f"transformers builds the text part of {config.model_type} ({text.model_type}) only inside the whole"
         raise SrmuError(f"{what}; srmu needs a text model that stands alone")
@@ -103,7 +113,7 @@ def choose_class(config: Any) -> Any:
 
 
 def view_text(module: PreTrainedModel) -> PreTrainedModel:
-    """The text part of a model in memory, which shares its weights; the model itself where it is text alone."""
+    """The text part of a model in memory, which shares its weights; the model itself where it reads text alone."""
     config = take_text_config(type(module.config).from_dict(module.config.to_dict()))  # without what loading chose
     if type(config) is type(module.config):
         return module
@@ -126,9 +136,14 @@ def open_config(folder: Path) -> Any:
 
 
 def find_whole_class(folder: Path) -> Any:
-    """The class of a model that reads more than text, as its users load it; None where it is text alone."""
+    """The class of a model that reads more than text, as its users load it; None where it reads text alone."""
     config = open_config(folder)
-    return None if take_text_config(config) is config else getattr(transformers, config.architectures[0])
+    return getattr(transformers, config.architectures[0]) if reads_more(config) else None
+
+
+def find_loader(folder: Path) -> Any:
+    """The class with which a user of the model in a folder loads it."""
+    return find_whole_class(folder) or AutoModelForCausalLM
 
 
 def list_placeholders(folder: Path) -> list[int]:

@@ -51,7 +51,7 @@ class Misdirection(Objective):
     stream: Stream = "resid_post"
     window: Count = 3  # number of layers to update; the last is `layer`
     matrices: Literal["down", "mlp"] = "down"  # of each MLP that are updated; mlp: also gate and up
-    router: bool = False  # also update what sends tokens to experts
+    router: bool = False  # also update the routers, which send tokens to experts
     coeff: Weight | None = None  # the literal strength of the papers, c or c_map
     kappa: Weight | None = None  # the strength as the norm of the target over that of activations
     alpha: Weight = 1200.0  # weight of the retain loss

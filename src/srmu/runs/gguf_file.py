@@ -1,4 +1,4 @@
-"""A GGUF file of a run's model: of a GGUF base the same file with other matrices, of common architectures a new one."""
+"""A GGUF file of a run's model: the base's own file with other matrices, or a new one of a common architecture."""
 
 import json
 import re
@@ -29,7 +29,7 @@ ELSEWHERE = "export without --quantise, then use llama.cpp's convert_hf_to_gguf.
 
 
 def rewrite_gguf(run: Run, kind: str, folder: Path) -> Path:
-    """The GGUF file that the run's model came from, with its matrices rounded anew; what else it says stays."""
+    """Write the GGUF file of the base again, with the matrices of the run, rounded anew, and the rest as it was."""
     import gguf
 
     source = Path(run.config.model).expanduser()
@@ -46,9 +46,7 @@ def rewrite_gguf(run: Run, kind: str, folder: Path) -> Path:
     if "general.alignment" in reader.fields:
         writer.data_alignment = int(reader.fields["general.alignment"].contents())
     for tensor in reader.tensors:
-        target = gguf.GGMLQuantizationType[kind.upper()]
-        fits = ROUNDED.fullmatch(tensor.name) and tensor.shape[0] % gguf.GGML_QUANT_SIZES[target][0] == 0
-        wanted = target if fits else tensor.tensor_type
+        wanted = choose_type(tensor.name, int(tensor.shape[0]), kind, tensor.tensor_type)
         data = tensor.data
         if tensor.name in changed or wanted != tensor.tensor_type:
             values = changed.get(tensor.name)
@@ -57,6 +55,14 @@ def rewrite_gguf(run: Run, kind: str, folder: Path) -> Path:
         writer.add_tensor(tensor.name, data, raw_dtype=wanted)
     finish_file(writer, kind, "general.quantization_version" in reader.fields)
     return path
+
+
+def choose_type(name: str, width: int, kind: str, otherwise: Any) -> Any:
+    """The type of a tensor with rows of that width: `kind` where it is to be rounded and its blocks fit."""
+    import gguf
+
+    target = gguf.GGMLQuantizationType[kind.upper()]
+    return target if ROUNDED.fullmatch(name) and width % gguf.GGML_QUANT_SIZES[target][0] == 0 else otherwise
 
 
 def place_changes(run: Run, reader: Any, arch: str) -> dict[str, Tensor]:
@@ -88,7 +94,7 @@ def find_order(rows: Tensor, others: Tensor) -> Tensor | None:
 
 
 def convert_to_gguf(run: Run, kind: str, folder: Path) -> Path:
-    """A new GGUF file of a run's model; SrmuError where its architecture or tokenizer is none of those known here."""
+    """Write a new GGUF file of a run's model; SrmuError for an architecture or tokenizer that is not supported here."""
     import gguf
 
     settings = read_config(run.base)
@@ -115,14 +121,12 @@ def convert_to_gguf(run: Run, kind: str, folder: Path) -> Path:
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_vocab_size(settings.vocab_size)
     write_vocabulary(writer, load_tokenizer(run.base), settings.vocab_size)
-    target = gguf.GGMLQuantizationType[kind.upper()]
     for name, values in read_tensors(run, arch, settings):
         if arch == "llama" and (match := re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name)):
             count = heads if match[1] == "q" else shared
             # llama.cpp stores the two halves of each head in turn
             values = values.reshape(count, 2, len(values) // count // 2, -1).swapaxes(1, 2).reshape(values.shape)
-        fits = ROUNDED.fullmatch(name) and values.shape[-1] % gguf.GGML_QUANT_SIZES[target][0] == 0
-        wanted = target if fits else gguf.GGMLQuantizationType.F32
+        wanted = choose_type(name, values.shape[-1], kind, gguf.GGMLQuantizationType.F32)
         writer.add_tensor(name, gguf.quantize(np.ascontiguousarray(values), wanted), raw_dtype=wanted)
     finish_file(writer, kind, False)
     return path
@@ -144,12 +148,12 @@ def write_vocabulary(writer: Any, tokenizer: Any, size: int) -> None:
     """Write a tokenizer that merges bytes: tokens, merges, how it cuts text, special tokens and chat template."""
     import gguf
 
-    said = json.loads(tokenizer.backend_tokenizer.to_str())
-    model, cut = said["model"], name_split(said["pre_tokenizer"])
-    if model["type"] != "BPE" or not cut or said["normalizer"] not in (None, {"type": "NFC"}):
+    settings = json.loads(tokenizer.backend_tokenizer.to_str())
+    model, cut = settings["model"], name_split(settings["pre_tokenizer"])
+    if model["type"] != "BPE" or not cut or settings["normalizer"] not in (None, {"type": "NFC"}):
         raise SrmuError(f"the tokenizer of {tokenizer.name_or_path} is not one of those written here: {ELSEWHERE}")
     tokens = {number: (token, gguf.TokenType.NORMAL) for token, number in model["vocab"].items()}
-    for one in said["added_tokens"]:
+    for one in settings["added_tokens"]:
         kind = gguf.TokenType.CONTROL if one["special"] else gguf.TokenType.USER_DEFINED
         tokens[one["id"]] = (one["content"], kind)
     every = [tokens.get(number, (f"[PAD{number}]", gguf.TokenType.UNUSED)) for number in range(size)]
@@ -168,9 +172,9 @@ def write_vocabulary(writer: Any, tokenizer: Any, size: int) -> None:
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def name_split(said: Any) -> str:
-    """llama.cpp's name of how a tokenizer cuts text before it merges bytes; "" where it is none of those known here."""
-    parts = said.get("pretokenizers", [said]) if said else []
+def name_split(settings: Any) -> str:
+    """llama.cpp's name for the way in which a tokenizer cuts text before it merges bytes; "" for an unknown one."""
+    parts = settings.get("pretokenizers", [settings]) if settings else []
     kinds = [part["type"] for part in parts]
     if kinds == ["ByteLevel"] and parts[0]["use_regex"]:
         return "gpt-2"

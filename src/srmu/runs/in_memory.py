@@ -20,7 +20,7 @@ from srmu.engine.loading import find_layers
 from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch, choose_progress, ignore_progress
 from srmu.engine.quantised import refuse_quantised
-from srmu.engine.text_part import LANGUAGE_MODELS, WHOLE_MODELS, view_text
+from srmu.engine.text_part import is_language_model, view_text
 from srmu.engine.train import Log, TrainOptions
 from srmu.errors import SrmuError
 from srmu.methods import Method
@@ -175,8 +175,7 @@ def check_model(model: Any, tokenizer: Any) -> None:
     if not isinstance(model, PreTrainedModel):
         hint = "; merge its adapters first: model.merge_and_unload()" if hasattr(model, "merge_and_unload") else ""
         raise SrmuError(f"unlearn takes a transformers model or a Config, not {kind}{hint}")
-    classes = LANGUAGE_MODELS if model.config.get_text_config() is model.config else WHOLE_MODELS
-    if not kind.endswith(classes):
+    if not is_language_model(kind, model.config):
         raise SrmuError(f"{kind} is not a causal language model: load AutoModelForCausalLM")
     refuse_quantised(model.name_or_path or kind, model.config)
     places = sorted({str(parameter.device) for parameter in model.parameters()})

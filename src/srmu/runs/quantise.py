@@ -35,9 +35,9 @@ LARGEST = torch.finfo(torch.float8_e4m3fn).max
 def export_quantised(
     run: Run, out: Path, kind: str, watch: Watch = ignore_progress, *, last_good: bool = False
 ) -> tuple[Path, Costs]:
-    """Write the model of a run to the folder `out`, rounded as `kind` says: what to load, and what a token costs it.
+    """Write the model of a run, rounded as `kind` says, to the folder `out`.
 
-    Refuses as `Run.export` does.
+    Returns what to load, and the costs before and after rounding. Refuses as `Run.export` does.
     """
     if kind not in KINDS:
         raise SrmuError(f"--quantise {kind} is none of {', '.join(KINDS)}")
@@ -63,9 +63,9 @@ def export_quantised(
 
 @torch.no_grad()
 def compare_costs(run: Run, place: Path, watch: Watch = ignore_progress) -> Costs:
-    """What a forget and a retain token of the run's first batches cost the original, its model and that one rounded.
+    """The mean loss of a forget and of a retain token, in nats: of the original, the run's model and the rounded one.
 
-    In nats.
+    It is measured on the run's first batches.
     """
     opened = open_target(run, "cpu")
     topics = load_topics(run.config, opened.tokenizer)
@@ -89,7 +89,7 @@ def compare_costs(run: Run, place: Path, watch: Watch = ignore_progress) -> Cost
 
 
 def write_gguf(run: Run, kind: str, folder: Path) -> Path:
-    """A GGUF file: of a base in one the same file with other matrices, else a new one."""
+    """A GGUF file of the run's model: its base's own file with other matrices, or a new one."""
     write = rewrite_gguf if Path(run.config.model).suffix == ".gguf" else convert_to_gguf
     return write(run, kind, folder)
 
@@ -113,7 +113,7 @@ def write_nf4(run: Run, kind: str, folder: Path) -> Path:
 
 
 def write_fp8(run: Run, kind: str, folder: Path) -> Path:
-    """A folder in transformers' own FP8: each linear map of the text model as e4m3 numbers with a scale a block."""
+    """A folder in transformers' own FP8: the text model's linear maps as e4m3 numbers, with one scale a block."""
     with TemporaryDirectory(dir=folder.parent) as scratch:
         module = load_pretrained(run.export(Path(scratch) / "full", last_good=True))
     tensors, (chosen, others) = module.state_dict(), list_maps(module, kind)
@@ -137,7 +137,10 @@ def write_fp8(run: Run, kind: str, folder: Path) -> Path:
 
 
 def list_maps(module: Any, kind: str) -> tuple[list[str], list[str]]:
-    """The linear maps of a model's text layers, which are rounded, and all others; SrmuError where others matter."""
+    """The linear maps of a model's text layers, which are rounded, and all other linear maps.
+
+    SrmuError where the layers hold experts, or no linear map at all.
+    """
     text, head = module.get_decoder(), module.get_output_embeddings()
     if any(is_stack(name, parameter) for name, parameter in text.named_parameters()):
         raise SrmuError(f"--quantise {kind} writes no experts; export without it, then use llm-compressor")
