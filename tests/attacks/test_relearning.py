@@ -137,14 +137,20 @@ def test_part_relearning_never_learns_what_it_asks(monkeypatch: pytest.MonkeyPat
     assert not any(q.prompt + q.answer in rows for rows in trained for q in exam().test)
 
 
-def test_part_relearning_asks_every_setting_where_another_model_chooses() -> None:
-    attack = PartRelearning(epochs=(1, 2), rates=(1e-4, 5e-4))
-    asked = attack.run(subject("original"), texts(), replace(exam(), every=True), 0)
-    assert [len(way.test) for way in asked.ways] == [40] * 4
-    plain = attack.run(subject("original"), texts(), exam(), 0)
-    assert [way.setting for way in plain.ways] == [way.setting for way in asked.ways]
-    (best,) = (way for way in plain.ways if way.test)
-    assert best in asked.ways
+ATTACKS = [
+    PartRelearning(epochs=(1, 2), rates=(1e-4, 5e-4)),
+    RelearningSteps(steps=(1, 2), text_steps=(1, 2), small_kinds=(("LoRA", 1e-3, 8), ("full weights", 1e-4, 0))),
+    STRONG,
+]
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
+def test_only_the_setting_that_another_model_chose_is_asked(attack: Any) -> None:
+    """As it was asked among all: the same rows, rates and steps."""
+    chosen = next(way for way in attack.run(subject("original"), texts(), exam(), 0).ways[::-1] if way.test)
+    again = attack.run(subject("original"), texts(), replace(exam(), only=chosen.setting), 0)
+    assert {way.setting: way.test for way in again.ways}[chosen.setting] == chosen.test
+    assert len({way.setting.rpartition(", ")[0] for way in again.ways}) == 1
 
 
 def test_part_relearning_needs_facts() -> None:

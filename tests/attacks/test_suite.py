@@ -225,9 +225,11 @@ def test_the_test_half_is_asked_under_the_best_setting_alone() -> None:
     assert all(len(way.val) == len(halves.val) for way in ways)
     assert asked == [("low", True), ("high", True), ("high too", True), ("high", False)]
     asked.clear()
-    ways = choose_setting(replace(halves, every=True), settings)
-    assert asked == [(name, False) for name in settings]
-    assert all(len(way.test) == len(halves.test) and not way.val for way in ways)
+    (way,) = choose_setting(replace(halves, only="low"), settings)
+    assert asked == [("low", False)]
+    assert len(way.test) == len(halves.test) and not way.val
+    with pytest.raises(NotApplicable, match="of the run alone"):
+        choose_setting(replace(halves, only="another"), settings)
 
 
 @pytest.mark.slow

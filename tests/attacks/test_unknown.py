@@ -201,7 +201,8 @@ def test_real_attacks_on_what_was_never_known(run: Run, place: Path) -> None:
         entry = report["attacks"][name]
         assert entry["status"] == "done", (name, entry["why"])
         never = entry["controls"]["unknown"]
-        assert never["status"] == "done", (name, never["why"])
+        alone = entry.get("chosen", "").startswith("displacement")  # a direction that only the run has
+        assert (never["status"] == "does not apply") == alone, (name, never["why"])
         if "right" in entry and "right" in never:
             assert len(entry["right"]) == 40 and len(never["right"]) == 42
             assert entry["floor"] == max(0.25, never["accuracy"]["value"]) < 0.7

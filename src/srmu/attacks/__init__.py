@@ -1,6 +1,6 @@
 """The attacks: an explicit table, `ATTACKS`, from name to class."""
 
-from srmu.attacks import learned_prompts, measures, perturbations, questions, relearning, residual
+from srmu.attacks import learned_prompts, measures, perturbations, questions, relearning, residual, tuned_relearning
 from srmu.attacks.base import Attack, Tier
 
 TIERS: tuple[Tier, ...] = ("smoke", "standard", "deep")
@@ -29,5 +29,6 @@ ATTACKS: dict[str, type[Attack]] = {
         residual.UnlearningDepth,
         measures.Utility,
         relearning.RelearningSteps,
+        tuned_relearning.TunedRelearning,
     )
 }

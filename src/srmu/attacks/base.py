@@ -3,10 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any, ClassVar, Literal, Self, dataclass_transform
 
 from srmu.evals.statistics import Estimate
-from srmu.evals.subject import Question, Subject, mark_answers
+from srmu.evals.subject import NotApplicable, Question, Subject, mark_answers
 
 Marker = Callable[[Sequence[Question]], Sequence[float]]  # 1 for each question that is answered rightly, else 0
 Tier = Literal["smoke", "standard", "deep"]  # minutes on the testbed; an hour; a night
@@ -18,7 +19,7 @@ class Setting:
 
     setting: str
     val: tuple[float, ...]  # of the validation half, or a part of it
-    test: tuple[float, ...]  # may be empty but for the best setting; `val` may be where the exam asks `every`
+    test: tuple[float, ...]  # may be empty but for the best setting; `val` may be where the exam has an `only`
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Exam:
     test: tuple[Question, ...]
     val: tuple[Question, ...]  # on which settings of an attack are chosen
     utility: Mapping[str, tuple[Question, ...]] = field(default_factory=dict)  # by task
-    every: bool = False  # every setting answers the test half, the costly ones too
+    only: str = ""  # the one setting to ask, and of the test half alone: another model has chosen it
 
     @property
     def both(self) -> tuple[Question, ...]:
@@ -48,12 +49,26 @@ class Texts:
 
 
 @dataclass(frozen=True)
+class Price:
+    """What it takes to bring a share of the original's knowledge back; None: more than was tried."""
+
+    share: float
+    steps: float | None
+    low: float | None  # of the 95 % interval of the steps
+    high: float | None
+    tried: int  # steps, the most
+    tokens: float | None = None
+    flop: float | None = None
+
+
+@dataclass(frozen=True)
 class AttackResult:
     """What an attack brought back: its settings, other numbers by name, and what it spent beside its constants."""
 
     ways: Sequence[Setting] = ()
     metrics: Mapping[str, Estimate] = field(default_factory=dict)
     budget: Mapping[str, Any] = field(default_factory=dict)
+    price: Sequence[Price] = ()  # of bringing knowledge back by the best setting
     status: Literal["done", "does not apply", "failed"] = "done"
     why: str = ""  # the reason, where it is not done
 
@@ -84,6 +99,11 @@ class Attack(ABC):
         """Attack the model, and leave it as it was. NotApplicable where the attack says nothing."""
 
 
+def guess_share(questions: Sequence[Question]) -> float:
+    """The accuracy of guessing."""
+    return fmean(1 / len(q.options) for q in questions)
+
+
 def ask_exam(model: Subject, exam: Exam, setting: str) -> Setting:
     """The exam under the setting that the model is in now."""
     return exam.split_right(setting, mark_answers(model, exam.both))
@@ -92,10 +112,12 @@ def ask_exam(model: Subject, exam: Exam, setting: str) -> Setting:
 def choose_setting(exam: Exam, settings: Mapping[str, Marker]) -> list[Setting]:
     """The validation half under each setting, and the test half under the best of them, the first of equals.
 
-    A setting marks questions of either half. An exam that asks `every` asks the test half alone, under each.
+    A setting marks questions of either half. Where the exam has an `only`, that one marks the test half.
     """
-    if exam.every:
-        return [Setting(name, (), (*ask(exam.test),)) for name, ask in settings.items()]
+    if exam.only:
+        if exam.only not in settings:
+            raise NotApplicable("its setting is of the run alone")
+        return [Setting(exam.only, (), (*settings[exam.only](exam.test),))]
     ways = {name: Setting(name, (*ask(exam.val),), ()) for name, ask in settings.items()}
     best = max(ways.values(), key=lambda way: sum(way.val))
     return [*(ways | {best.setting: replace(best, test=(*settings[best.setting](exam.test),))}).values()]

@@ -17,7 +17,16 @@ from srmu.data.overlap import WORD_OVER
 from srmu.engine.fine_tune import Row
 from srmu.engine.generate import draw_tokens, next_logits
 from srmu.evals.statistics import LEAST, Estimate, bootstrap_estimate, estimate_accuracy
-from srmu.evals.subject import NotApplicable, Question, Subject, list_facts, mark_answers, mark_right, option_scores
+from srmu.evals.subject import (
+    NotApplicable,
+    Question,
+    Subject,
+    list_facts,
+    mark_answers,
+    mark_right,
+    option_scores,
+    weigh_right,
+)
 
 ROWS = 64  # texts read at once
 
@@ -27,10 +36,8 @@ class ForcedChoice(Attack, id="E0", name="forced_choice", tier="smoke"):
 
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
         val, test = (option_scores(model, half) for half in (exam.val, exam.test))
-        rows = zip(test, exam.test, strict=True)
-        chances = [np.exp(np.array(row) - np.logaddexp.reduce(row))[q.gold] for row, q in rows]
         way = Setting("as they are", mark_right(val, exam.val), mark_right(test, exam.test))
-        probability = bootstrap_estimate(chances, list_facts(exam.test), seed=seed)
+        probability = bootstrap_estimate(weigh_right(test, exam.test), list_facts(exam.test), seed=seed)
         return AttackResult([way], {"probability": probability})
 
 

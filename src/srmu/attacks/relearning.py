@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -40,6 +40,11 @@ def text_rows(model: Subject, texts: Sequence[str], length: int = 512) -> list[R
     return rows
 
 
+def state_facts(questions: Questions) -> list[str]:
+    """Questions and statements with their answers, each once."""
+    return [*dict.fromkeys(start + q.answer for q in questions for start in (q.prompt, *q.paraphrases))]
+
+
 def split_validation(exam: Exam, seed: int, parts: int = 5) -> tuple[Questions, Questions]:
     """The validation questions to learn from, and those on one part of its facts to ask."""
     known = list(dict.fromkeys(list_facts(exam.val)))
@@ -59,14 +64,21 @@ def tune_and_ask(
     rows: Sequence[Row],
     steps: Sequence[int],  # of one, the setting has the name alone
     rank: int = 0,  # of LoRA beside the matrices; 0: all weights are tuned
+    ask: Callable[[Subject, Exam, str], Setting] = ask_exam,
+    until: Callable[[Setting], bool] = lambda way: False,
     **options: Any,
 ) -> tuple[list[Setting], int]:
-    """The exam after each number of steps of one fine-tuning (`tune_model`), and the steps taken."""
+    """The exam after each number of steps of one fine-tuning (`tune_model`), and the steps taken.
+
+    It ends early after an exam of which `until` says True.
+    """
     reached: list[Setting] = []
 
-    def after(step: int) -> None:
-        if step in steps:
-            reached.append(ask_exam(model, exam, f"{name}, {step} steps" if len(steps) > 1 else name))
+    def after(step: int) -> bool:
+        if step not in steps:
+            return False
+        reached.append(ask(model, exam, f"{name}, {step} steps" if len(steps) > 1 else name))
+        return until(reached[-1])
 
     with model.editable("*.linear" if rank else "*") as edited:
         rank = min(rank, *(side for p in edited.trained.values() for side in p.shape))
@@ -80,7 +92,10 @@ def tune_kinds(
     """What trainings (as `tune_and_ask` takes them) bring back, those that fit into memory."""
     ways: list[Setting] = []
     steps, too_large = {}, []
+    asked = {exam.only, exam.only.rpartition(", ")[0]}  # with or without a number of steps
     for name, own in trainings.items():
+        if exam.only and name not in asked:
+            continue
         try:
             reached, steps[name] = tune_and_ask(model, exam, name, seed, **own, **common)
         except torch.OutOfMemoryError:  # AdamW needs many times the model's memory
@@ -133,9 +148,9 @@ class BenignRelearning(Attack, id="E7", name="benign_relearning", tier="smoke", 
 class PartRelearning(Attack, id="E8", name="part_relearning", tier="standard"):
     """All weights learn questions with their answers; others are asked (arXiv 2410.08827).
 
-    `val` of a way holds a fifth of the validation facts, asked after learning the rest. Only the best setting has a
-    `test`, but where the exam asks `every`: it learns the whole validation half. At a constant rate, one training gives
-    all numbers of epochs.
+    `val` of a way holds a fifth of the validation facts, asked after learning the rest. Only the best setting, or that
+    which the exam asks `only`, has a `test`: it learns the whole validation half. At a constant rate, one training
+    gives all numbers of epochs.
     """
 
     epochs: tuple[int, ...] = (1, 2, 4)
@@ -150,18 +165,17 @@ class PartRelearning(Attack, id="E8", name="part_relearning", tier="standard"):
             reached, _ = tune_and_ask(model, Exam((), asked), "", seed, rows, steps, **kind)
             return {(rate, n): way.val for n, way in zip(epochs, reached, strict=False)}  # fewer where it diverges
 
-        rest, held = split_validation(exam, seed)
-        tried: Learned = {}
-        for rate in self.rates:
-            tried |= relearn(rest, held, rate, self.epochs)
-        rate, n = best = max(tried, key=lambda setting: sum(tried[setting]), default=(0.0, 0))
-        wanted = dict.fromkeys(self.rates, self.epochs) if exam.every else {rate: (n,)}
-        final: Learned = {}
-        for r, epochs in wanted.items() if tried else ():
-            final |= relearn(exam.val, exam.test, r, epochs)
-        if best not in final:
+        settings = {(r, n): f"{n} epochs at {r:g}" for r, n in product(self.rates, self.epochs)}
+        tried: Learned = {setting: () for setting, name in settings.items() if name == exam.only}
+        if not exam.only:
+            rest, held = split_validation(exam, seed)
+            for rate in self.rates:
+                tried |= relearn(rest, held, rate, self.epochs)
+        best = max(tried, key=lambda setting: sum(tried[setting]), default=None)
+        final = relearn(exam.val, exam.test, best[0], best[1:]) if best else {}
+        if not final:
             raise NotApplicable("fine-tuning this model gives losses that are not finite")
-        ways = [Setting(f"{n} epochs at {r:g}", right, final.get((r, n), ())) for (r, n), right in tried.items()]
+        ways = [Setting(settings[setting], right, final.get(setting, ())) for setting, right in tried.items()]
         return AttackResult(ways, budget={"facts learned": len({*list_facts(exam.val)})})
 
 
@@ -218,8 +232,7 @@ class RelearningSteps(Attack, id="E19", name="relearning_steps", tier="standard"
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
         learned, held = split_validation(exam, seed)
         asked = replace(exam, val=held)
-        statements = dict.fromkeys(start + q.answer for q in learned for start in (q.prompt, *q.paraphrases))
-        facts = text_rows(model, [*statements])
+        facts = text_rows(model, state_facts(learned))
         on_facts = {"rows": facts, "steps": self.steps, "batch_size": self.batch}
         trainings = {
             kind: {**on_facts, "learning_rate": rate, "rank": rank}

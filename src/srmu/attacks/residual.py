@@ -98,6 +98,7 @@ class LogitLens(Attack, id="E4", name="logit_lens", tier="smoke", by_tier={"smok
 
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
         layers = pick_evenly(range(len(decoder_blocks(model.module))), self.most)
+        layers = [layer for layer in layers if exam.only in ("", f"layer {layer}")]
         marks = mark_layers(model, exam.both, layers)
         return AttackResult([exam.split_right(f"layer {layer}", right) for layer, right in marks])
 

@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -14,8 +14,9 @@ import torch
 from pydantic import TypeAdapter
 
 from srmu.attacks import ATTACKS, TIERS, Attack
-from srmu.attacks.base import AttackResult, Exam, Texts, Tier
-from srmu.attacks.summary import guess_share, merge_report, summarise_attacks
+from srmu.attacks.base import AttackResult, Exam, Texts, Tier, guess_share
+from srmu.attacks.summary import best_setting, merge_report, summarise_attacks
+from srmu.attacks.tuned_relearning import TunedRelearning
 from srmu.data.sources import Source, read_texts
 from srmu.engine import distributed, files, loading, progress, weights
 from srmu.engine.devices import find_device
@@ -29,6 +30,7 @@ from srmu.runs.plan import read_topic_texts
 from srmu.runs.run import OpenedModel, Run
 
 ROOMS = ("attacks", "data", "engine", "evals")  # whose code decides a result
+SEARCHED = TunedRelearning.name
 HAZARD, UNKNOWN = "organism_hazard", ("organism_unknown", "organism_unknown_val")  # a testbed's tasks
 
 
@@ -52,6 +54,7 @@ def attack_run(
     *,
     tier: Tier = "smoke",
     names: Sequence[str] = (),
+    search: Mapping[str, int] = {},
     sources: Sources = Sources(),
     seed: int = 0,
     device: str = "auto",
@@ -61,10 +64,11 @@ def attack_run(
     """Attack a run with those of a tier, or of `names`; merge the report into its results.
 
     Each runs on the original and on the oracle, too, or asks the original what it never knew, and is kept in the cache
-    folder, so that an interrupted suite goes on. `confirm` is asked about each attack that takes hours.
+    folder, so that an interrupted suite goes on. `confirm` is asked about each attack that takes hours. `search` are
+    constants of `tuned_relearning`.
     """
     watch = watch or progress.choose_progress()
-    chosen = select_attacks(tier, names)
+    chosen = select_attacks(tier, names, search)
     results.check_results(run.folder)  # what is wrong with them must show before the work
     sources = fill_sources(sources, run.config, run.base)
     exam = load_exam(sources, seed)
@@ -74,25 +78,29 @@ def attack_run(
     chosen = {name: one for name, one in chosen.items() if confirm_attack(name, one, subjects, confirm)}
     paths = (path for room in ROOMS for path in (Path(__file__).parents[1] / room).glob("*.py"))
     code, prints = files.sha256(*sorted(paths)), subjects.prints(unknown=bool(unknown))
-    # what is learned from is the same; each setting is asked, as it is the run that chooses one
-    exams = {who: replace(exam, test=unknown, every=True) if who == "unknown" else exam for who in prints}
-    given = {who: files.sha256(repr((asked, texts, seed)).encode()) for who, asked in exams.items()}
     pairs = [pair for pair in product(prints, chosen) if pair != ("unknown", KEPT)]
+    done: dict[tuple[str, str], tuple[AttackResult, float]] = {}
     with watch("attacking", len(pairs) // distributed.get_size()) as tick:
 
         def attack_one(pair: tuple[str, str]) -> tuple[AttackResult, float]:
             who, name = pair
-            one, started = chosen[name], time.monotonic()
-            key = [prints[who], repr(one), given[who], code, version("torch"), version("transformers")]
+            one, asked, started = chosen[name], exam, time.monotonic()
+            if who == "unknown":  # what is learned from is the same, and the setting is the one that the run chose
+                own = done["unlearned", name][0]
+                asked = replace(exam, test=unknown, only=best_setting(own).setting if own.ways else "")
+            given = files.sha256(repr((asked, texts, seed)).encode())
+            key = [prints[who], repr(one), given, code, version("torch"), version("transformers")]
             kept = files.find_cached("attacks", key)
-            brought = kept or try_attack(one, subjects, who, texts, exams[who], seed)
+            brought = kept or try_attack(one, subjects, who, texts, asked, seed)
             result = TypeAdapter(AttackResult).validate_python(brought)
             if not kept and result.status == "done":
                 files.keep_cached("attacks", key, asdict(result))
             tick(f"{name}, {who}")
             return result, time.monotonic() - started
 
-        done = dict(zip(pairs, distributed.share_work(pairs, attack_one), strict=True))
+        for controls in (False, True):
+            part = [pair for pair in pairs if (pair[0] == "unknown") == controls]
+            done |= zip(part, distributed.share_work(part, attack_one), strict=True)
     found = {name: {who: done[who, name][0] for who in prints if (who, name) in done} for name in chosen}
     tasks = {"test": list(sources.tasks), "val": sources.val, "utility": [*exam.utility]}
     report = summarise_attacks(chosen, found, exam, seed, unknown) | {
@@ -117,7 +125,7 @@ def try_attack(one: Attack, subjects: "Subjects", who: str, texts: Texts, exam: 
         return AttackResult(status="failed", why=first_line(error))
 
 
-def select_attacks(tier: Tier, names: Sequence[str]) -> dict[str, Attack]:
+def select_attacks(tier: Tier, names: Sequence[str], search: Mapping[str, int] = {}) -> dict[str, Attack]:
     """The attacks to run, always with the questions as they are and the utility."""
     if tier not in TIERS:
         raise SrmuError(f"tier {tier!r} does not exist; choose one of {', '.join(TIERS)}")
@@ -126,11 +134,14 @@ def select_attacks(tier: Tier, names: Sequence[str]) -> dict[str, Attack]:
         if name not in ATTACKS and name.upper() not in ids:
             raise SrmuError(f"attack {name!r} does not exist{suggest_word(name, ATTACKS)}")
     wanted = {*results.UNATTACKED, *names, *map(str.upper, names)}
-    return {
+    chosen = {
         name: attack.at_tier(tier)
         for name, attack in ATTACKS.items()
         if {name, attack.id} & wanted or (not names and TIERS.index(attack.tier) <= TIERS.index(tier))
     }
+    if search and SEARCHED not in chosen:
+        raise SrmuError(f"{', '.join(f'--{key}' for key in search)}: of {SEARCHED}; add it with --attacks {SEARCHED}")
+    return chosen | ({SEARCHED: TunedRelearning(**{**vars(chosen[SEARCHED]), **search})} if search else {})
 
 
 def fill_sources(sources: Sources, config: Config, base: Path) -> Sources:

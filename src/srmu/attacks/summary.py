@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from srmu.attacks.base import Attack, AttackResult, Exam, Setting
+from srmu.attacks.base import Attack, AttackResult, Exam, Setting, guess_share
 from srmu.engine import distributed
 from srmu.errors import SrmuError
 from srmu.evals import results, statistics
@@ -18,13 +18,9 @@ from srmu.evals.subject import Question, list_facts
 Outcomes = Mapping[str, AttackResult]  # of an attack by whose model
 Report = dict[str, Any]
 Answers = Mapping[str, Sequence[float]]  # by whose model
+GPU_SPEED = 0.4 * 989e12  # FLOPs a second: an H100 at 40 % of its bfloat16 peak
 ALIKE = ("tier", "seed", "chance", "tasks", "oracle", "facts", "unknown")  # decide what an attack can find
-RECORDED = ("id", "status", "why", "accuracy", "recovery", "valid", "floor", "budget", "seconds", "definition")
-
-
-def guess_share(questions: Sequence[Question]) -> float:
-    """The accuracy of guessing."""
-    return float(np.mean([1 / len(q.options) for q in questions]))
+RECORDED = ("id", "status", "why", "accuracy", "recovery", "valid", "floor", "budget", "price", "seconds", "definition")
 
 
 def summarise_attacks(
@@ -109,6 +105,8 @@ def judge_attack(
     if entry["why"]:
         return entry
     entry |= {"budget": {**vars(one), **outcomes["unlearned"].budget}, "controls": by_whose}
+    if prices := outcomes["unlearned"].price:
+        entry["price"] = [asdict(price) for price in prices]
     if "right" in entry:
         entry["recovery"] = measure_recovery(plain, best_setting(outcomes["unlearned"]).test, facts, seed)
         entry["valid"] = None
@@ -173,9 +171,31 @@ def describe_attacks(report: Mapping[str, Any]) -> list[str]:
         lines.append(f"no oracle: {describe_floor(report)}")
     elif not report["oracle"]:
         lines.append("no oracle: whether an attack finds what was never known is not checked")
+    lines += [line for one in attacks.values() for line in describe_prices(one.get("price", ()))]
     if report["not_tried"]:
         lines.append(f"not tried: {', '.join(report['not_tried'])}")
     return [*lines, "what no attack found may still be there"]
+
+
+def describe_prices(prices: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What an attacker pays for shares of the original's knowledge, in words."""
+    lines = []
+    for price in prices:
+        share, steps = f"{price['share']:.0%} of the knowledge", price["steps"]
+        if steps is None:
+            lines.append(f"{share} did not come back in {price['tried']} steps of the best training found")
+        elif not steps:
+            lines.append(f"{share} is there without any training")
+        else:
+            ends = [
+                f"more than {price['tried']}" if price[end] is None else f"{price[end]:.0f}" for end in ("low", "high")
+            ]
+            minutes = price["flop"] / GPU_SPEED / 60
+            lines.append(
+                f"{share} is back after {steps:.0f} steps (95 % interval {' to '.join(ends)}): "
+                f"{price['tokens']:,.0f} tokens, {price['flop']:.1e} FLOPs, {minutes:.2g} GPU-minutes"
+            )
+    return lines
 
 
 def describe_floor(report: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """The command line: it starts before torch is loaded, and says in one line what went wrong."""
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -22,10 +23,12 @@ for name, value in (
     ("OMP_WAIT_POLICY", "passive"),
     ("TRANSFORMERS_VERBOSITY", "error"),
     ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+    ("TQDM_DISABLE", "1"),
     ("TOKENIZERS_PARALLELISM", "false"),
     ("PYTORCH_ENABLE_MPS_FALLBACK", "1"),
 ):
     os.environ.setdefault(name, value)
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft loads: it misses kernels of its own
 
 SHARED = ("unlearn", "eval", "attack")  # verbs that several processes share
 

@@ -139,6 +139,8 @@ def attack_command(
     oracle: options.Oracle = "",
     unknown: Annotated[str, Option(help="No oracle: tasks on facts that the model never knew, a,b.")] = "",
     limit: Annotated[int, Option(help="Questions per task and half.")] = 400,
+    trials: Annotated[int | None, Option(min=1, help="Trainings that tuned_relearning tries.")] = None,
+    steps: Annotated[int | None, Option(min=1, help="The most steps of each.")] = None,
     seed: int = 0,
     device: options.Device = "auto",
     yes: Annotated[bool, Option("--yes", help="Do not ask before attacks that take hours.")] = False,
@@ -156,7 +158,8 @@ def attack_command(
     asked, kept, names = (output.split_names(text) for text in (tasks, utility, attacks))
     never = output.split_names(unknown)
     sources = suite.Sources(asked, val, kept, str(tasks_dir or ""), neutral, holdout, oracle, never, limit)
-    how: dict[str, Any] = {"seed": seed, "device": device, "confirm": confirm, "watch": show_progress}
+    search = {key: value for key, value in {"trials": trials, "steps": steps}.items() if value is not None}
+    how: dict[str, Any] = {"search": search, "seed": seed, "device": device, "confirm": confirm, "watch": show_progress}
     before = output.read_stamp(run / RESULTS)
     report = suite.attack_run(Run.open(run), tier=tier, names=names, sources=sources, **how)
     folder = output.shorten_path(run)

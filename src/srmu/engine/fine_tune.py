@@ -27,7 +27,7 @@ def tune_model(
     seed: int,
     optimiser: Literal["adamw", "sgd"] = "adamw",
     schedule: Literal["linear", "constant"] = "linear",
-    after: Callable[[int], None] | None = None,
+    after: Callable[[int], bool | None] | None = None,
 ) -> int:
     """Raise the likelihood of the rows, dealt anew each epoch, without decay and clipping; the steps taken."""
     pairs = [(p, master_of(name, p, "fp32")) for name, p in model.trained.items()]
@@ -58,12 +58,13 @@ def descend(
     steps: int,
     *,
     rate: Callable[[int], float] | None = None,
-    after: Callable[[int], None] | None = None,
+    after: Callable[[int], bool | None] | None = None,
 ) -> int:
     """Step tensors down a loss that is made anew for each step; the number of steps taken.
 
     `pairs` are tensors and what the optimiser steps: the tensor itself, or a float32 copy of it. Nothing else gets a
-    gradient. `rate` and `after` take the number of steps done. Ends early where the loss or its gradient is not finite.
+    gradient. `rate` and `after` take the number of steps done. Ends early where the loss or its gradient is not finite,
+    or where `after` says True.
     """
     tensors = [tensor for tensor, _ in pairs]
     copies = [(tensor, master) for tensor, master in pairs if master is not tensor]
@@ -83,8 +84,8 @@ def descend(
         optimiser.zero_grad()
         for tensor, master in copies:
             tensor.data.copy_(master)
-        if after is not None:
-            after(step + 1)
+        if after is not None and after(step + 1):
+            return step + 1
     return steps
 
 

@@ -1,5 +1,6 @@
 """What a person sees while something runs: a live line in a terminal or a notebook, else a log."""
 
+import logging
 import multiprocessing
 import os
 import sys
@@ -82,6 +83,7 @@ def in_notebook() -> bool:
 def silence_libraries() -> None:
     """Hide other libraries' progress bars and warnings."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports: it misses kernels of its own
     import transformers  # here: the command line starts without it
 
     transformers.logging.set_verbosity_error()

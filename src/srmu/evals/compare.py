@@ -37,6 +37,7 @@ class ComparisonRow:
     residual: statistics.Estimate | None  # K*, where all runs were attacked
     forget_difference: statistics.Estimate | None
     residual_difference: statistics.Estimate | None
+    half_back: Sequence[float | None]  # of each run: steps until half is back, None where more than were tried
     verdict: str  # of K* where both have it, else of the forget accuracy; "" for the first method itself
     note: str
 
@@ -49,6 +50,7 @@ class RunNumbers(NamedTuple):
     before: statistics.Array  # (1 + RESAMPLES,): accuracy of the original model on what is to be forgotten
     numbers: statistics.Array  # (1 + RESAMPLES, 3): LOSS, FORGET and, where the run was attacked, RESIDUAL, else nan
     n: tuple[int, int]  # questions on what is to be forgotten, and on utility
+    half_back: tuple[float | None, ...] = ()  # steps until a tuned attacker has half again; (): not tried
 
 
 class MethodReading(NamedTuple):
@@ -60,6 +62,7 @@ class MethodReading(NamedTuple):
     numbers: statistics.Array  # (1 + RESAMPLES, seeds, 3): K* is nan where not all runs were attacked
     note: str
     n: tuple[int, int]
+    half_back: tuple[float | None, ...]
 
 
 def compare_runs(
@@ -141,6 +144,7 @@ def make_row(reading: MethodReading, base: MethodReading, draws: statistics.Draw
         forget_accuracy=draws.estimate(reading.numbers[..., FORGET], known, clip=(0, 1)),
         forget_difference=differences.get(FORGET),
         residual_difference=differences.get(RESIDUAL),
+        half_back=reading.half_back,
         verdict=verdict,
         note=reading.note,
     )
@@ -222,7 +226,9 @@ def from_attacks(run: Run, attacks: Mapping[str, Any], draws: statistics.Draws) 
         residual = np.full_like(residual, np.nan)  # a share of no knowledge
     numbers = [np.mean(drops, axis=0), right[:, -1], residual]
     asked = len(table), sum(len(kept["facts"]) for kept in attacks["utility"].values())
-    return RunNumbers(run, metrics_of(attacks), right[:, 0], np.stack(numbers, axis=1), asked)
+    prices = [price for one in attacks["attacks"].values() for price in one.get("price", ())]
+    back = tuple(price["steps"] for price in prices if price["share"] == 0.5)
+    return RunNumbers(run, metrics_of(attacks), right[:, 0], np.stack(numbers, axis=1), asked, back)
 
 
 def from_metrics(run: Run, metrics: Mapping[str, Metrics], named: Named, draws: statistics.Draws) -> RunNumbers:
@@ -293,7 +299,8 @@ def read_method(method: str, points: Sequence[dict[Where, RunNumbers]], budget: 
         numbers[..., RESIDUAL] = np.nan
     n = min(one.n for curve in curves for one in curve)
     note = "; ".join(note for note, holds in notes.items() if holds)
-    return MethodReading(method, len(points), where, numbers, note, n)
+    back = tuple(steps for curve in curves for one in curve for steps in one.half_back)
+    return MethodReading(method, len(points), where, numbers, note, n, back)
 
 
 def read_along(curve: Sequence[RunNumbers], budget: float) -> statistics.Array:

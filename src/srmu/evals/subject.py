@@ -151,6 +151,12 @@ def mark_right(scores: Sequence[Sequence[float]], questions: Sequence[Question])
     return tuple(float(row.index(max(row)) == q.gold) for row, q in zip(scores, questions, strict=True))
 
 
+def weigh_right(scores: Sequence[Sequence[float]], questions: Sequence[Question]) -> tuple[float, ...]:
+    """The probability of the right option among the options of each question."""
+    pairs = zip(scores, questions, strict=True)
+    return tuple(float(np.exp(row[q.gold] - np.logaddexp.reduce(row))) for row, q in pairs)
+
+
 def mark_layers(
     model: Subject, questions: Sequence[Question], layers: Sequence[int]
 ) -> Iterator[tuple[int, tuple[float, ...]]]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from srmu.attacks.summary import describe_prices
 from srmu.evals.results import PLAIN, read_attacks
 from srmu.evals.statistics import Array, Draws, Estimate, draw_floors, parse_answers, residual_table, worst_case
 from srmu.report.figures import COLOURS, GREY, Figure, Row, Series, draw_figure, label_look, make_look, mark_value
@@ -20,9 +21,10 @@ from srmu.runs.record import CONFIG
 
 ACCURACY = "accuracy on the knowledge to forget"
 PERCENT = {"range": [0, 1.04], "tickformat": ".0%"}
-RELEARNING = {  # attacks that learn again: the unit that they count in, and settings with that count
-    "benign_relearning": ("texts", re.compile(r"(.*), n=(\d+)")),
-    "relearning_steps": ("steps", re.compile(r"(.*), (\d+) steps")),
+RELEARNING = {  # attacks that learn again: the unit that they count in, settings with that count, and their one kind
+    "benign_relearning": ("texts", re.compile(r"(.*), n=(\d+)"), ""),
+    "relearning_steps": ("steps", re.compile(r"(.*), (\d+) steps"), ""),
+    "tuned_relearning": ("steps", re.compile(r"(.*), (\d+) steps"), "the best training found"),
 }
 OWN = "Unlearned\nunder attack"
 HEADS = {"": OWN, "original": "Original\ncontrol", "oracle": "Oracle\ncontrol"}
@@ -50,6 +52,7 @@ class Recovery:
     failed: Sequence[Row]  # attacks that came to nothing, and why
     not_tried: Sequence[str]
     curves: pd.DataFrame  # relearning: unit, kind, whose, count, accuracy
+    prices: Sequence[str]  # of bringing the knowledge back, in words
 
 
 def estimate_recovery(entry: RunGroup) -> Recovery | None:
@@ -106,6 +109,12 @@ def estimate_recovery(entry: RunGroup) -> Recovery | None:
         failed=failed,
         not_tried=[*map(name_words, first["not_tried"])],
         curves=relearning_curves([*attacked.values()]),
+        prices=[
+            line
+            for a in attacked.values()
+            for one in a["attacks"].values()
+            for line in describe_prices(one.get("price", ()))
+        ],
     )
 
 
@@ -136,11 +145,11 @@ def relearning_curves(runs: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     lines = []
     for attacks in runs:
         plain = attacks["attacks"].get(PLAIN, {}).get("accuracy")
-        for attack, (unit, form) in RELEARNING.items():
+        for attack, (unit, form, kind) in RELEARNING.items():
             for who, one in by_whose(attacks["attacks"].get(attack, {})).items():
                 for setting, scores in one.get("settings", {}).items():
                     if (match := form.fullmatch(setting)) and scores["test"] is not None:
-                        lines.append((unit, match[1], who, int(match[2]), scores["test"]))
+                        lines.append((unit, kind or match[1], who, int(match[2]), scores["test"]))
                         if unit == "texts" and plain and not who:
                             lines.append((unit, match[1], who, 0, plain["value"]))
     keys = ["unit", "kind", "whose", "count"]
@@ -176,11 +185,14 @@ def attack_section(
         for title, rows in (
             ("Accuracy under attack, per cent", [one.attacks[name] for name in names if name in one.attacks]),
             ("What else was measured", one.other),
+            ("What it takes to bring it back", [{"Price": line} for line in one.prices]),
             ("Attacks without a result", one.failed),
         ):
             fold = f"{title}: {entry.name}" if len(pairs) > 1 else ""
             if rows:
-                table = Table(fold or title, rows, words=rows is one.failed, fold=fold, label=entry.label)
+                table = Table(
+                    fold or title, rows, words=rows is one.failed or "Price" in rows[0], fold=fold, label=entry.label
+                )
                 blocks.append(Block(table=table))
     return Section("Recovery by attack", notes, [*blocks, *draw_relearning(pairs, labels)])
 

@@ -62,8 +62,19 @@ def format_comparison(row: Mapping[str, Any]) -> dict[str, str]:
         "accuracy less the first's": cell("forget_difference"),
         "K*": cell("residual"),
         "K* less the first's": cell("residual_difference"),
+        "half is back after": write_range(row["half_back"]),
         "verdict": ", ".join(filter(None, [row["verdict"], row["note"]])),
     }
+
+
+def write_range(steps: Sequence[float | None]) -> str:
+    """Numbers of steps as the range that they span; None is more than all."""
+    if not steps:
+        return ""
+    known = sorted(step for step in steps if step is not None)
+    ends = [f"{step:.0f}" for step in known] + ["never"] * (len(steps) - len(known))
+    span = "\N{EN DASH}".join(dict.fromkeys([ends[0], ends[-1]]))
+    return span if span == "never" else f"{span} steps"
 
 
 def drop_empty(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:

@@ -1,0 +1,138 @@
+"""The tuned attacker, where what was hidden, and what never was there, are known."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from helpers.attack_world import exam, subject, texts
+from srmu.attacks import tuned_relearning
+from srmu.attacks.base import AttackResult, Exam, Setting
+from srmu.attacks.relearning import split_validation
+from srmu.attacks.tuned_relearning import (
+    DOCUMENTS,
+    FACTS,
+    FEW,
+    NEUTRAL,
+    ORDER,
+    ORDERED,
+    Recipe,
+    TunedRelearning,
+    find_crossings,
+    leave_out_subjects,
+    parse_setting,
+)
+from srmu.evals.subject import NotApplicable, list_facts
+
+# With which a model of 4 layers of 32 learns within seconds.
+ATTACK = TunedRelearning(trials=8, steps=50, rates=(1e-4, 2e-2), ranks=(0, 8), loss=0.6, kept=20)
+
+
+def accuracy(way: Setting) -> float:
+    return float(np.mean(way.test))
+
+
+@pytest.fixture(scope="module")
+def found() -> AttackResult:
+    return ATTACK.run(subject("unlearned"), texts(), exam(), 0)
+
+
+@pytest.mark.slow
+def test_the_search_finds_what_is_hidden(found: AttackResult) -> None:
+    """Better than the first recipes, which are of other models; nothing is found of the oracle."""
+    best = max((way for way in found.ways if way.test), key=lambda way: sum(way.val))
+    assert sum(best.val) == max(sum(way.val) for way in found.ways)
+    assert accuracy(best) > 0.8 and accuracy(found.ways[0]) < 0.4
+    assert found.ways[0].setting.endswith(", 0 steps")
+    assert str(tuned_relearning.FIRST[0]) not in best.setting
+    assert found.budget["facts learned"] == 16
+    never = ATTACK.run(subject("oracle"), texts(), exam(), 0)
+    assert max(accuracy(way) for way in never.ways if way.test) < 0.45
+    assert never.price[1].steps is None
+
+
+@pytest.mark.slow
+def test_the_price_is_where_the_curve_crosses(found: AttackResult) -> None:
+    half, most = found.price
+    curve = [way for way in found.ways if way.test]
+    shares = [(accuracy(way) - 0.25) / 0.75 for way in curve]  # the original knows all
+    steps = [parse_setting(way.setting)[1] for way in curve]
+    assert (half.share, most.share) == (0.5, 0.9) and half.tried == most.tried == 50
+    after = next(i for i, share in enumerate(shares) if share >= 0.5)
+    expected = np.interp(0.5, shares[after - 1 : after + 1], steps[after - 1 : after + 1])
+    assert half.steps == pytest.approx(expected) and half.low <= half.steps
+    assert half.tokens > 0 and half.flop > 0
+
+
+@pytest.mark.slow
+def test_a_training_is_made_again_as_another_model_chose_it(found: AttackResult) -> None:
+    """The control of facts that were never known: the same rows, rate and steps."""
+    best = max((way for way in found.ways if way.test), key=lambda way: sum(way.val))
+    again = ATTACK.run(subject("unlearned"), texts(), replace(exam(), only=best.setting), 0)
+    assert [way.setting for way in again.ways] == [best.setting]
+    assert again.ways[0].test == best.test
+
+
+def test_nothing_can_be_brought_back_to_the_original() -> None:
+    alone = ATTACK.run(subject("original"), texts(), exam(), 0)
+    assert len(alone.ways) == 1 and accuracy(alone.ways[0]) == 1 and not alone.price
+
+
+def test_what_the_attacker_may_lose_needs_questions() -> None:
+    with pytest.raises(NotApplicable, match="--utility"):
+        ATTACK.run(subject("unlearned"), texts(), replace(exam(), utility={}), 0)
+
+
+def test_an_attacker_who_may_lose_nothing_has_no_setting() -> None:
+    """Only a training that keeps what is to be kept counts."""
+    strict = replace(ATTACK, loss=-1.0, trials=2, steps=1)
+    result = strict.run(subject("unlearned"), texts(), exam(), 0)
+    assert [way.setting for way in result.ways] == [f"{tuned_relearning.FIRST[0]}, 0 steps"]
+    assert all(price.steps is None for price in result.price)
+    lenient = replace(ATTACK, loss=1.0, trials=1, steps=1).run(subject("unlearned"), texts(), exam(), 0)
+    assert lenient.ways[-1].setting == f"{tuned_relearning.FIRST[0]}, 1 steps"
+
+
+def test_no_row_tells_what_is_asked() -> None:
+    model, learned, held = subject("unlearned"), *split_validation(exam(), 0)
+    asked = replace(exam(), val=held)
+    rows = ATTACK.list_rows(model, learned, asked, texts())
+    assert [*rows] == [FACTS, ORDERED, FEW, DOCUMENTS, NEUTRAL]
+    subjects = {f" {q.entry}" for q in asked.both}
+    for kind in (FACTS, FEW, DOCUMENTS):
+        told = [model.tokenizer.decode(ids) for _, ids in rows[kind]]
+        assert told and not any(name == f" {text.split()[1]}" for text in told for name in subjects), kind
+    assert len(rows[FEW]) == 10 and len(rows[FACTS]) == len(rows[ORDERED]) == 32
+    unnamed = Exam(tuple(replace(q, entry="") for q in asked.test), asked.val)
+    assert DOCUMENTS not in ATTACK.list_rows(model, learned, unnamed, texts())
+
+
+def test_sentences_about_what_is_asked_are_left_out() -> None:
+    asked = tuple(replace(q, entry="Nairobi") for q in exam().test)
+    told = ["Nairobi is large. Lagos is larger! Is it?", "From Nairobi one flies."]
+    assert leave_out_subjects(told, asked) == ["Lagos is larger! Is it?"]
+
+
+def test_an_order_stands_before_facts_and_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+
+    def tune(model: object, asked: Exam, name: str, *_: object, **options: object) -> tuple[list[Setting], int]:
+        seen.update(asked=asked, name=name, options=options)
+        return [], 0
+
+    monkeypatch.setattr(tuned_relearning, "tune_and_ask", tune)
+    ATTACK.tune(subject("unlearned"), {ORDERED: []}, exam(), 0, Recipe(ORDERED, 8, 1e-3), lambda way: False)
+    assert all(q.prompt.startswith(ORDER) for q in seen["asked"].both) and len(seen["asked"].both) == 80
+    assert list_facts(seen["asked"].test) == list_facts(exam().test)
+    assert seen["options"]["batch_size"] == ATTACK.batch
+
+
+@pytest.mark.parametrize("recipe", tuned_relearning.FIRST)
+def test_settings_are_read_as_they_are_written(recipe: Recipe) -> None:
+    assert parse_setting(f"{recipe}, 20 steps") == (recipe, 20)
+
+
+def test_crossings() -> None:
+    shares = np.array([[0.0, 0.4, 0.8], [0.6, 0.1, 0.1], [0.0, 0.1, 0.2], [0.0, 0.5, 0.5]])
+    steps = [0, 10, 30]
+    assert find_crossings(shares, steps, 0.5).tolist() == [15.0, 0.0, np.inf, 10.0]
