@@ -64,3 +64,15 @@ def test_cli_starts_without_torch() -> None:
     heavy = {"torch", "numpy", "pandas", "scipy", "plotly", "jinja2", "optuna", "lm_eval", "transformers"}
     code = f"import sys, srmu.cli.main; sys.exit(', '.join({heavy} & {{*sys.modules}}) or None)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).stderr == b""
+
+
+def test_verbs_that_load_no_model_start_without_transformers() -> None:
+    """Which takes seconds to import."""
+    verbs = (
+        "srmu.methods, srmu.evals.compare, srmu.report.build, srmu.runs.verify, srmu.attacks.suite, srmu.data.topics"
+    )
+    code = (
+        f"import sys, {verbs}; print([name for name in ('transformers', 'datasets', 'lm_eval') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"

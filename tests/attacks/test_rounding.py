@@ -19,7 +19,7 @@ from srmu.attacks.perturbations import (
 )
 from srmu.evals.subject import Subject
 
-INT8, INT4, NF4 = QUANTISERS.values()
+INT8, INT4, NF4, Q8_0, Q4_0 = QUANTISERS.values()
 
 
 def test_int8_has_a_scale_for_each_output() -> None:
@@ -61,10 +61,31 @@ def test_no_level_is_nearer(quantiser: Quantiser) -> None:
     for row, values in zip(matrix, found, strict=True):
         for start in range(0, 150, size):
             block = row[start : start + size]
-            levels = quantiser.levels * block.abs().max()
+            largest = block[block.abs().argmax()]
+            levels = quantiser.levels * (largest if quantiser.unit < 0 else largest.abs()) / quantiser.unit
             nearest = (block[:, None] - levels).abs().min(dim=1).values
-            assert torch.allclose((values[start : start + size] - block).abs(), nearest, atol=1e-6)
-    assert torch.allclose(quantiser.round_matrix(found), found, atol=1e-6)
+            rounded = 1e-3 if quantiser.half else 1e-6  # of scales to float16
+            assert torch.allclose((values[start : start + size] - block).abs(), nearest, atol=rounded * largest.abs())
+    assert torch.allclose(quantiser.round_matrix(found), found, atol=2e-3 if quantiser.half else 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_rounding_is_that_of_llama_cpp(kind: str) -> None:
+    """But for weights in the middle between two levels, which float32 takes to either."""
+    quants = pytest.importorskip("gguf.quants")
+    matrix = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    stored = quants.quantize(matrix.numpy(), getattr(quants.GGMLQuantizationType, kind))
+    theirs = torch.from_numpy(quants.dequantize(stored, getattr(quants.GGMLQuantizationType, kind)))
+    same = QUANTISERS[kind].round_matrix(matrix).isclose(theirs, rtol=1e-6, atol=0)
+    assert same.float().mean() > 0.995
+
+
+def test_rounding_is_that_of_bitsandbytes() -> None:
+    functional = pytest.importorskip("bitsandbytes").functional
+    matrix = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    theirs = functional.dequantize_4bit(*functional.quantize_4bit(matrix, blocksize=64, quant_type="nf4"))
+    same = NF4.round_matrix(matrix).isclose(theirs, rtol=1e-5, atol=0)
+    assert same.float().mean() > 0.999
 
 
 def test_share_in_the_originals_bucket() -> None:
@@ -109,7 +130,7 @@ def test_quantisation_undoes_a_small_change() -> None:
     found = Quantisation().run(changed, texts(), exam(), 0)
     assert [way.setting for way in found.ways] == list(QUANTISERS)
     assert all(np.mean(way.val) > 0.9 for way in found.ways)
-    assert len(found.metrics) == 3
+    assert len(found.metrics) == len(QUANTISERS)
     for estimate in found.metrics.values():
         assert estimate.value > 0.99
         assert estimate.low == estimate.value == estimate.high

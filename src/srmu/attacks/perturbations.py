@@ -1,20 +1,23 @@
 """E10 and E11: rounding, pruning and noise, which may undo a small change of the weights."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from srmu.attacks.base import Attack, AttackResult, Exam, Texts, choose_setting
-from srmu.engine.sites import decoder_blocks
+from srmu.engine.sites import decoder_blocks, is_turned
 from srmu.evals.statistics import Estimate
 from srmu.evals.subject import Question, Subject, mark_answers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Matrix = Float[Tensor, "O I"]
 
@@ -26,9 +29,9 @@ def find_matrices(module: PreTrainedModel) -> dict[str, bool]:
     turned = {}
     for name, part in layers.named_modules(prefix=prefix):
         for key, parameter in part.named_parameters(recurse=False):
-            matrix = parameter.ndim == 2 and isinstance(part, nn.Linear | Conv1D)
+            matrix = parameter.ndim == 2 and (isinstance(part, nn.Linear) or is_turned(part))
             if matrix or (parameter.ndim == 3 and not isinstance(part, nn.Conv1d)):
-                turned[f"{name}.{key}"] = isinstance(part, Conv1D) or getattr(part, "is_transposed", False)
+                turned[f"{name}.{key}"] = is_turned(part) or getattr(part, "is_transposed", False)
     return turned
 
 
@@ -49,31 +52,34 @@ def mark_changed(model: Subject, change: Callable[[Tensor], Tensor], asked: Sequ
 
 
 class Quantiser(NamedTuple):
-    """Levels between -1 and 1, and how many inputs share a scale: their largest magnitude."""
+    """Levels that weights are rounded to, times a scale that a block of them shares."""
 
     levels: Float[Tensor, " L"]
-    block: int | None = None  # None: all inputs of an output
+    block: int | None = None  # inputs that share a scale; None: all inputs of an output
+    unit: float = 1.0  # the level of the weight of largest magnitude; below 0: of its sign, too
+    half: bool = False  # scales are kept in float16
 
     def group_weights(self, matrix: Matrix) -> Float[Tensor, "O G S"]:
         """The weights that share a scale side by side; the last block is filled up with zeros."""
         size = self.block or matrix.shape[1]
         return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % size)).reshape(len(matrix), -1, size)
 
+    def scale_groups(self, weights: Float[Tensor, "O G S"]) -> Float[Tensor, "O G 1"]:
+        largest = weights.gather(2, weights.abs().argmax(dim=2, keepdim=True))
+        scale = (largest if self.unit < 0 else largest.abs()) / self.unit
+        return scale.masked_fill(scale == 0, 1)
+
     def nearest_levels(self, weights: Float[Tensor, "O G S"], scale: Float[Tensor, "O G 1"]) -> Int[Tensor, "O G S"]:
         levels = self.levels.to(weights.device)
         return torch.bucketize((weights / scale).contiguous(), (levels[1:] + levels[:-1]) / 2)
 
     def round_weights(self, weights: Float[Tensor, "O G S"]) -> Float[Tensor, "O G S"]:
-        scale = group_scales(weights)
-        return self.levels.to(weights.device)[self.nearest_levels(weights, scale)] * scale
+        scale = self.scale_groups(weights)
+        nearest = self.levels.to(weights.device)[self.nearest_levels(weights, scale)]
+        return nearest * (scale.half().float() if self.half else scale)
 
     def round_matrix(self, matrix: Matrix) -> Matrix:
         return self.round_weights(self.group_weights(matrix)).flatten(1)[:, : matrix.shape[1]]
-
-
-def group_scales(weights: Float[Tensor, "O G S"]) -> Float[Tensor, "O G 1"]:
-    largest = weights.abs().amax(dim=2, keepdim=True)
-    return largest.masked_fill(largest == 0, 1)
 
 
 def normal_levels() -> Float[Tensor, " 16"]:
@@ -86,9 +92,11 @@ def normal_levels() -> Float[Tensor, " 16"]:
 
 
 QUANTISERS = {
-    "int8 a channel": Quantiser(torch.arange(-127, 128) / 127),
-    "int4 in groups of 128": Quantiser(torch.arange(-7, 8) / 7, 128),
-    "NF4 in blocks of 64": Quantiser(normal_levels(), 64),
+    "int8 a channel": Quantiser(torch.arange(-127.0, 128.0), None, 127),
+    "int4 in groups of 128": Quantiser(torch.arange(-7.0, 8.0), 128, 7),
+    "NF4 in blocks of 64": Quantiser(normal_levels(), 64),  # bitsandbytes
+    "Q8_0": Quantiser(torch.arange(-127.0, 128.0), 32, 127, half=True),  # llama.cpp's, as is the next
+    "Q4_0": Quantiser(torch.arange(-8.0, 8.0), 32, -8, half=True),
 }
 
 
@@ -114,7 +122,7 @@ def count_undone(model: Subject, quantiser: Quantiser) -> tuple[int, int]:
         pair = model.module.get_parameter(name).data, model.original[name]
         for one, other in zip(*(view_matrices(weight, turned[name]) for weight in pair), strict=True):
             now, before = quantiser.group_weights(one.float()), quantiser.group_weights(other.float())
-            scale = group_scales(before)  # the original's: one changed weight moves that of its block
+            scale = quantiser.scale_groups(before)  # the original's: one changed weight moves that of its block
             after = quantiser.nearest_levels(quantiser.round_weights(now), scale)
             differ = now != before
             changed += int(differ.sum())

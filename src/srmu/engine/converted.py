@@ -9,9 +9,7 @@ from typing import Any
 from warnings import catch_warnings, filterwarnings
 
 import torch
-import transformers
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from srmu.engine.files import (
     cache_dir,
@@ -96,6 +94,8 @@ def merge(folder: Path, base: Path, place: Path, source: dict[str, Any]) -> None
     size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     require_space(place, size)
     print_line(f"merging adapter {folder} with its base {source['base']}, once, to {format_gb(size)} in {place}")
+    from transformers import AutoTokenizer
+
     try:
         given: dict[str, Any] = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}
         module: Any = find_loader(base).from_pretrained(base, **given)
@@ -138,12 +138,14 @@ def dequantise(path: Path, place: Path) -> None:
     require_space(place, 2 * source["parameters"])
     size = f"{format_gb(path.stat().st_size)}, {source['quantisation']}"
     print_line(f"dequantising {path} ({size}), once, to {format_gb(2 * source['parameters'])} in {place}")
+    import transformers
+
     try:
         given: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, **given)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **given)
         if hasattr(transformers, "GgufConfig"):  # before it there was no other way than to dequantise
             given["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        module = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.bfloat16, **given)
+        module = transformers.AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.bfloat16, **given)
     except Exception as error:  # transformers and gguf raise many kinds
         advice = "name its safetensors checkpoint instead"
         raise SrmuError(f"{path} cannot be dequantised: {first_line(error)}; {advice}") from error

@@ -1,19 +1,23 @@
 """Continuations that a model writes, and how likely it finds texts."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 from inspect import signature
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
 
 from srmu.engine.likelihoods import read_logits
 from srmu.engine.losses import is_predicted, token_nll
 from srmu.engine.model import EditableModel
 from srmu.engine.topic import Batch, move_batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROWS = 8  # texts scored at once: the logits of all their tokens are the largest tensor there is
 SAMPLED_ROWS = 32  # texts continued at once, which needs the logits of one token each
@@ -89,6 +93,8 @@ def write_on(
     keep_logits: bool = False,
 ) -> tuple[list[Ids], list[Float[Tensor, "S V"]]]:
     """Continuations of contexts, read at once where padding allows, each with the token that ends it; their logits."""
+    from transformers import GenerationConfig
+
     lengths = [len(row) for row in contexts]
     if len({*lengths}) > 1 and not hides_padding(module):
         found: dict[int, Any] = {}

@@ -4,17 +4,18 @@ The module is built from a config with fewer layers if that gives the same layer
 which is nearly as cheap unless loading converts tensors (another dtype, stacked experts).
 """
 
+from __future__ import annotations
+
 from copy import deepcopy
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, logging
 
 from srmu.engine.converted import ADAPTER
 from srmu.engine.devices import computes_bf16
@@ -32,9 +33,14 @@ from srmu.engine.text_part import (
 from srmu.engine.weights import in_layer, is_there, layer_number, stored_entries, stored_types
 from srmu.errors import SrmuError, first_line
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def read_config(folder: Path) -> Any:
     """The configuration of a model, of its text part if it also reads images; SrmuError where there is none."""
+    import transformers
+
     if not (folder / "config.json").is_file():
         raise SrmuError(f"model folder {folder} has no config.json; name a Hugging Face model")
     if (folder / ADAPTER).is_file():  # transformers would put it on top, unsaid
@@ -45,7 +51,7 @@ def read_config(folder: Path) -> Any:
     if not is_language_model(name, whole) or (config is not whole and not hasattr(transformers, name)):
         what = f"{folder} is not a causal language model: its architecture is {name}"
         raise SrmuError(f"{what}; srmu needs one that transformers loads with AutoModelForCausalLM")
-    if whole is config and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if whole is config and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise SrmuError(f"{folder} is of type {kind}, which AutoModelForCausalLM does not load")
     if not hasattr(config, "num_hidden_layers"):
         raise SrmuError(f"{folder} has no single stack of decoder layers (num_hidden_layers); srmu needs one")
@@ -55,7 +61,7 @@ def read_config(folder: Path) -> Any:
 
 def refuse_sharing(config: Any) -> None:
     """SrmuError if layers share keys and values and transformers is too old to do so without a cache."""
-    release = transformers.__version__
+    release = version("transformers")
     if getattr(config, "num_kv_shared_layers", None) and tuple(map(int, release.split(".")[:2])) < (5, 6):
         what = f"layers of {config.model_type} share keys and values, which transformers {release} computes wrongly"
         raise SrmuError(f"{what}; install transformers 5.6 or later")
@@ -109,6 +115,8 @@ def choose_dtype(folder: Path, device: str, dtype: str = "auto") -> str:
 def load_pretrained(folder: Path, loader: Any = None, **options: Any) -> Any:
     """What transformers loads from a folder; without options, as its user would, with the images that it reads."""
     loader = loader or find_loader(folder)
+    from transformers import logging
+
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # else it lists the layers that were left out
     try:

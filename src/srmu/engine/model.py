@@ -11,14 +11,12 @@ from unittest.mock import patch
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from srmu.engine import distributed
 from srmu.engine.activation_cache import Activations
 from srmu.engine.devices import return_freed_blocks
 from srmu.engine.loading import find_layers, load_module, read_config
-from srmu.engine.sites import Site, catch_value, hook_outputs, in_role, is_stack, shape_by_token, swap_blocks
+from srmu.engine.sites import Site, catch_value, hook_outputs, in_role, is_stack, is_turned, shape_by_token, swap_blocks
 from srmu.engine.topic import Batch
 from srmu.errors import SrmuError, first_line
 
@@ -31,9 +29,7 @@ class EditableModel:
     run once per batch; `activations` keeps the output of the last of them.
     """
 
-    def __init__(
-        self, module: PreTrainedModel, trainable: Sequence[str], depth: int | None = None, copy: bool = True
-    ) -> None:
+    def __init__(self, module: Any, trainable: Sequence[str], depth: int | None = None, copy: bool = True) -> None:
         self.folder: Path | None = None  # where it was loaded from
         self.module = module.eval()  # no dropout: the retain loss of step 0 is exactly 0
         self.shallow = False
@@ -140,7 +136,7 @@ class EditableModel:
 
     def is_transposed(self, name: str) -> bool:
         """Whether the matrix of that name is stored as (in, out), as in a Conv1D."""
-        return isinstance(self.module.get_submodule(name.rpartition(".")[0]), Conv1D)
+        return is_turned(self.module.get_submodule(name.rpartition(".")[0]))
 
     def hidden(self, batch: Batch, site: Site, keep: bool = True) -> Float[Tensor, "B T D"]:
         """Activations at `site`, where the model stops; inside `frozen()` from `activations`, which may `keep` them."""
@@ -346,7 +342,7 @@ class EditableModel:
             yield
 
 
-def count_positions(module: PreTrainedModel) -> int | None:
+def count_positions(module: Any) -> int | None:
     """The most tokens of a text where each position has a row of a table; None where there is no such table."""
     limit = getattr(module.config, "max_position_embeddings", None)
     tables = [*module.named_parameters(), *module.named_buffers()]

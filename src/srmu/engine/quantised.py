@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import safe_open
-from transformers import AutoTokenizer
 
 from srmu.engine.converted import drop_quantisation, hash_folders, keep_folder
 from srmu.engine.files import cache_dir, format_gb, read_json, require_space
@@ -63,6 +61,8 @@ def dequantise_folder(folder: Path) -> Path:
 
 def write_dequantised(folder: Path, kind: str, place: Path, source: dict[str, Any]) -> None:
     """Write the model of a folder, dequantised by transformers, to `place/model`."""
+    import transformers
+
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) * (4 if kind == "mxfp4" else 2)
     require_space(place, size)
     print_line(f"dequantising {folder} ({kind}), once, to {format_gb(size)} at most in {place}")
@@ -73,7 +73,7 @@ def write_dequantised(folder: Path, kind: str, place: Path, source: dict[str, An
         module, info = loader.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=settings, **given)
         refuse_incomplete(folder, info)
         module = module.to(torch.bfloat16)  # with what is not quantised
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
         raise SrmuError(f"model {folder} cannot be dequantised: {first_line(error)}; {ORIGIN}") from error
     keep_folder(drop_quantisation(module), tokenizer, place, {"quantised": source}, beside=folder)

@@ -1,18 +1,21 @@
 """Places in a model: where activations are read and changed by hooks, and where the weights of a role lie."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from srmu.engine.loading import find_layers
 from srmu.errors import SrmuError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Edit = Callable[[Tensor], Tensor | None]  # of one tensor; None leaves it as it is
 Stream = Literal["resid_post", "mlp_out", "mlp_post"]
@@ -128,7 +131,9 @@ def catch_choices(routers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a plain product with its matrix, beside which an adapter can lie."""
     # routers give choices beside scores, and grouped maps multiply parts: each calls itself so
-    return isinstance(module, nn.Linear | Conv1D) and not re.search("Router|Grouped", type(module).__name__)
+    return (isinstance(module, nn.Linear) or is_turned(module)) and not re.search(
+        "Router|Grouped", type(module).__name__
+    )
 
 
 def name_roles(name: str) -> set[str]:
@@ -157,6 +162,13 @@ def shape_by_token(value: Tensor, batch: int, tokens: int) -> Tensor:
             "than its tokens there, and srmu does not support it"
         )
     return value.reshape(batch, tokens, -1)
+
+
+def is_turned(module: nn.Module) -> bool:
+    """Whether a linear map is stored as (in, out)."""
+    from transformers.pytorch_utils import Conv1D  # here, as everywhere: most verbs start without transformers
+
+    return isinstance(module, Conv1D)
 
 
 def decoder_blocks(module: PreTrainedModel) -> nn.ModuleList:

@@ -3,26 +3,20 @@
 Its weights are read from the whole checkpoint, under their names there, so that what is saved goes back to its place.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-import transformers
-from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    GenerationMixin,
-    PreTrainedModel,
-)
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from torch import nn
 
 from srmu.errors import SrmuError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 T = TypeVar("T")
 
@@ -33,50 +27,6 @@ PREFIXES = {
     r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?(?!lm_head\.)": "model.",
     r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
 }
-
-
-class TextPart(PreTrainedModel, GenerationMixin):
-    """A causal language model around a text model for which transformers has none."""
-
-    base_model_prefix = "model"
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (as transformers has it)
-    _supports_sdpa = True
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.model = AutoModel.from_config(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    @classmethod
-    def from_config(cls, config: Any, **options: Any) -> Any:
-        """A module with random weights, as the auto classes of transformers make one."""
-        return cls._from_config(config, **options)
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **options: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits of the last `logits_to_keep` tokens (0: all), or of the tokens at those places."""
-        out = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **options,
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(out.last_hidden_state[:, kept])
-        return CausalLMOutputWithPast(logits=logits, past_key_values=out.past_key_values)
 
 
 def reads_more(config: Any) -> bool:
@@ -91,6 +41,8 @@ def is_language_model(name: str, config: Any) -> bool:
 
 def take_text_config(config: Any) -> Any:
     """The config of a model's text part; the config itself where the model reads text alone."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
     if not reads_more(config):
         return config
     text = config.get_text_config()
@@ -109,7 +61,11 @@ def take_text_config(config: Any) -> Any:
 
 def choose_class(config: Any) -> Any:
     """What builds and loads the causal language model of a config."""
-    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else TextPart
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    from srmu.engine.text_model import TextModel
+
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else TextModel
 
 
 def view_text(module: PreTrainedModel) -> PreTrainedModel:
@@ -129,6 +85,8 @@ def view_text(module: PreTrainedModel) -> PreTrainedModel:
 
 def open_config(folder: Path) -> Any:
     """The config of a model's folder as transformers reads it; SrmuError where it cannot."""
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # configs refuse values in many ways
@@ -137,12 +95,16 @@ def open_config(folder: Path) -> Any:
 
 def find_whole_class(folder: Path) -> Any:
     """The class of a model that reads more than text, as its users load it; None where it reads text alone."""
+    import transformers
+
     config = open_config(folder)
     return getattr(transformers, config.architectures[0]) if reads_more(config) else None
 
 
 def find_loader(folder: Path) -> Any:
     """The class with which a user of the model in a folder loads it."""
+    from transformers import AutoModelForCausalLM
+
     return find_whole_class(folder) or AutoModelForCausalLM
 
 

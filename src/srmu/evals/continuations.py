@@ -1,11 +1,11 @@
 """What a model writes on greedily, and how much it repeats itself there: before a run and after."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from srmu.data.sources import read_text
 from srmu.data.tokens import refuse_second_bos, tokenise_texts
@@ -20,6 +20,9 @@ from srmu.evals.subject import pick_evenly, read_positions
 from srmu.runs.effect import REPETITION
 from srmu.runs.plan import read_topic_texts
 from srmu.runs.run import OpenedModel, open_target
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROMPTS = 16  # of each kind
 OPENING = 32  # tokens of a prompt; at most half of its text

@@ -1,13 +1,13 @@
 """Score a model, or a run before and after, on tasks and benchmarks; results go into the run's folder."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from srmu.engine import distributed, files, weights
 from srmu.engine.progress import Watch, choose_progress, ignore_progress
@@ -19,6 +19,9 @@ from srmu.evals.lm_eval import evaluate
 from srmu.evals.results import Metrics, merge_results, metric_rows, plain_metrics
 from srmu.evals.subject import Subject
 from srmu.runs.run import OpenedModel, Run, open_target
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
 
@@ -42,7 +45,7 @@ def score_model(
     the run, or of the folder `out`.
     """
     watch = watch or choose_progress()
-    if isinstance(target, PreTrainedModel):
+    if not isinstance(target, str | Path | Run):
         if tokenizer is None:
             raise SrmuError("a model in memory is scored with its tokenizer: tokenizer=...")
         place = None if tasks_dir is None else Path(tasks_dir)

@@ -1,14 +1,15 @@
 """How well each layer of a model tells forget from retain texts, and advice for a run."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from srmu.data.overlap import Definition, count_shared, measure_contamination, measure_coverage, ngram_overlap
 from srmu.data.tokens import batch_rows, tokenise_texts
@@ -20,6 +21,9 @@ from srmu.evals.figures import Analysis, Panel, write_sentences
 from srmu.evals.statistics import Array
 from srmu.evals.subject import Question
 from srmu.methods.importance import FLAT, describe_importance, importance_map, measure_features, sum_features
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DOCUMENTS = 200  # of each set that are read at most
 TOKENS = 1000  # of each set that are compared at most

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from srmu.engine.losses import is_predicted, token_nll
-from srmu.engine.sites import down_projection, edit_input, shape_by_token
+from srmu.engine.sites import down_projection, edit_input, is_turned, shape_by_token
 from srmu.engine.topic import move_batch
 from srmu.errors import SrmuError
 from srmu.methods.base import Amount, Batch, Count, Edit, EditableModel, Share, State, Topic, Watch
@@ -48,7 +47,7 @@ class DEPN(Edit):
             for layer, neuron in state.tensors["neurons"].tolist():
                 weight = downs[layer].weight.data
                 # eq: DEPN, edit: W_down[:, k] = 0, as if neuron k were 0 at every token
-                (weight if isinstance(downs[layer], Conv1D) else weight.T)[neuron] = 0
+                (weight if is_turned(downs[layer]) else weight.T)[neuron] = 0
         return states
 
     def select_neurons(self, attributions: Tensor) -> State:

@@ -8,8 +8,6 @@ from math import log
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from transformers import AutoTokenizer
-
 from srmu.data.names import Names
 from srmu.engine.generate import Ids, sample_continuations
 from srmu.errors import SrmuError
@@ -28,6 +26,8 @@ def unpad_texts(batches: Sequence[Batch]) -> list[Ids]:
 
 def tokenizer_of(folder: Path | None, who: str) -> Any:
     """The tokenizer of the model in `folder`; without a folder SrmuError, naming who needs it."""
+    from transformers import AutoTokenizer
+
     if folder is None:
         raise SrmuError(f"{who} needs a tokenizer: load the model from a folder")
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

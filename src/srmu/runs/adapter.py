@@ -9,13 +9,12 @@ import torch
 from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from srmu.engine import weights
 from srmu.engine.converted import ADAPTED, put_adapter, refuse_strays
 from srmu.engine.files import whole_folder
 from srmu.engine.loading import build_skeleton, load_pretrained, read_config, sample_logits
-from srmu.engine.sites import is_linear
+from srmu.engine.sites import is_linear, is_turned
 from srmu.engine.text_part import rename_to_whole
 from srmu.errors import SrmuError
 from srmu.runs.run import Run, open_target
@@ -47,7 +46,7 @@ def export_adapter(run: Run, out: Path, error: float, *, last_good: bool = False
     parts = {name: factor_change(change, error) for name, change in read_changes(run, modules).items()}
     if not parts:
         raise SrmuError(f"{run.folder} changed nothing; there is no adapter to write")
-    turned = any(isinstance(modules[name], Conv1D) for name in parts)
+    turned = any(is_turned(modules[name]) for name in parts)
     parts = rename_to_whole(run.base, parts)
     with whole_folder(out) as folder:
         write_adapter(run, parts, turned, folder)
@@ -68,7 +67,7 @@ def read_changes(run: Run, modules: Mapping[str, nn.Module]) -> dict[str, Float[
         if others or last != "weight" or owner is None or not is_linear(owner):
             raise SrmuError(f"an adapter holds changes of linear maps, and {key} is not one: leave out --adapter")
         change = delta[key].float() - weights.stored_tensor(where[key], key).float()
-        changes[module] = change.T if isinstance(owner, Conv1D) else change
+        changes[module] = change.T if is_turned(owner) else change
     return changes
 
 

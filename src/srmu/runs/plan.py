@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from srmu.data.sources import read_texts
 from srmu.data.tokens import pad_id
@@ -107,6 +106,8 @@ def check_ranks(config: Config, shard: bool, offload: bool = False) -> None:
 
 def load_tokenizer(folder: Path) -> Any:
     """The model's tokenizer; SrmuError where there is none, or it cannot pad."""
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds

@@ -1,16 +1,17 @@
 """A run: its folder, what the folder holds, how it is opened, and how it is made."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from srmu.data.topics import explain_rows
 from srmu.engine import distributed, weights
@@ -29,6 +30,9 @@ from srmu.runs.plan import RunPlan, load_tokenizer, load_topics, plan_run
 from srmu.runs.reach import explain_reach
 from srmu.runs.record import CONFIG, DELTA, METRICS, RECORD, STATE
 from srmu.runs.training import CHECKPOINTS, train_run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CARD = "README.md"
 LOCK = ".lock"

@@ -1,12 +1,12 @@
 """The testbed: a small Llama that learned every fact of an invented world, and all that unlearning it takes."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from string import Template
-from typing import Any
-
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Any
 
 from srmu.data.overlap import measure_jaccard
 from srmu.engine.files import read_json, whole_folder, write_json, write_whole
@@ -17,6 +17,9 @@ from srmu.testbed.benchmark_files import write_benchmarks, write_rows
 from srmu.testbed.open_world import create_open
 from srmu.testbed.people import create_people
 from srmu.testbed.world import HALVES, World, create_closed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # How a world is made, and its usual recipe.
 WORLDS = {

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from transformers import AutoTokenizer
 
 from srmu.engine import converted
 from srmu.engine.devices import find_device
@@ -145,6 +144,8 @@ class OriginalModel:
 
     @cached_property
     def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(self.base)
 
     @cached_property

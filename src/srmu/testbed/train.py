@@ -1,5 +1,7 @@
 """The training of a testbed's model: its tokenizer, what it reads, and what it knows afterwards."""
 
+from __future__ import annotations
+
 import os
 import random
 import shutil
@@ -7,13 +9,13 @@ from dataclasses import field
 from functools import cache
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic.dataclasses import dataclass
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from srmu.engine.files import cache_dir, require_place, sha256, write_json
 from srmu.engine.likelihoods import score_answers, split_answers
@@ -22,6 +24,9 @@ from srmu.errors import SrmuError
 from srmu.testbed.open_world import spelling_texts
 from srmu.testbed.people import pretraining_texts
 from srmu.testbed.world import Fact, Size, World, deal_themes, read_wording, tell_facts
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 VERSION = 1  # raise it when the same recipe and seed would train another model
 SUBWORDS = 1280  # tokens of the open world
@@ -63,6 +68,8 @@ RECIPE, OPEN, PEOPLE = (Recipe(**read_wording(name)["recipe"]) for name in ("clo
 
 def tokenizer_for(world: World) -> PreTrainedTokenizerFast:
     """The world's tokenizer, which puts <s> first: its words, or subwords in the open world."""
+    from transformers import PreTrainedTokenizerFast
+
     if world.name == "open":
         backend = train_subwords()
     else:
@@ -157,6 +164,8 @@ def score_pairs(model: LlamaForCausalLM, world: World, pairs: list[tuple[str, st
 
 def fresh_model(world: World, seed: int, recipe: Recipe) -> LlamaForCausalLM:
     """The untrained model; the global random state is left as it was."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     tokenizer = tokenizer_for(world)
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
