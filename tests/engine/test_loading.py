@@ -4,7 +4,6 @@ import copy
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from helpers.models import ARCHITECTURES, GROUPED, SIZES, VOCABULARY, pico_module, save_pico, texts, word_tokenizer
 from srmu.data.tokens import batch_rows, tokenise_texts
+from srmu.engine import loading
 from srmu.engine.activation_cache import Activations
 from srmu.engine.loading import (
     check_layers,
@@ -241,7 +241,7 @@ def gemma(name: str, folder: Path) -> Path:
 
 def test_an_old_transformers_that_would_share_keys_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
     config = transformers.Gemma3nTextConfig(**SHARING)
-    monkeypatch.setitem(refuse_sharing.__globals__, "transformers", SimpleNamespace(__version__="5.5.4"))
+    monkeypatch.setattr(loading, "version", lambda name: "5.5.4")
     with pytest.raises(SrmuError, match=r"share keys and values, which .* 5\.5\.4 .*install transformers 5\.6"):
         refuse_sharing(config)
 
