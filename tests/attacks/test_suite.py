@@ -1,5 +1,6 @@
 """The suite of attacks: controls, the worst case, what is kept, and what cannot be attacked."""
 
+import json
 import shutil
 import signal
 import time
@@ -16,8 +17,8 @@ from helpers import processes
 from helpers.models import write_jsonl
 from srmu.attacks import ATTACKS, suite
 from srmu.attacks.base import Attack, AttackResult, Exam, Setting, ask_exam, choose_setting
-from srmu.attacks.suite import Sources, attack_run, load_exam
-from srmu.attacks.summary import describe_attacks, measure_recovery
+from srmu.attacks.suite import Sources, attack_run, load_exam, select_attacks
+from srmu.attacks.summary import describe_attacks, describe_prices, measure_recovery
 from srmu.cli.measuring import attack_table
 from srmu.errors import SrmuError
 from srmu.evals.results import RESULTS, load_results, read_attacks
@@ -397,3 +398,34 @@ def test_a_killed_suite_ends_with_the_same_report(run: Run, place: Path) -> None
         for entry in report["attacks"].values():
             del entry["seconds"]
     assert resumed == whole
+
+
+@pytest.mark.slow
+def test_the_tuned_attacker_has_a_price(run: Run, place: Path) -> None:
+    """A search of two trials, whose budget, settings and price are kept; the card and a second call know them."""
+    report = attack_run(run, names=["E20"], search={"trials": 2, "steps": 5}, sources=sources(place))
+    entry = report["attacks"]["tuned_relearning"]
+    assert entry["status"] == "done" and (entry["budget"]["trials"], entry["budget"]["steps"]) == (2, 5)
+    assert [price["share"] for price in entry["price"]] == [0.5, 0.9] and entry["price"][0]["tried"] == 5
+    assert read_attacks(run.folder) == json.loads(json.dumps(report))  # lists for tuples
+    assert Run.open(run.folder).record["attacks"]["tried"]["tuned_relearning"]["price"] == entry["price"]
+    assert any("of the knowledge" in line for line in describe_attacks(report))
+    assert entry["controls"]["original"]["settings"].keys() == {"facts, LoRA 8, 0.0005, 0 steps"}
+    assert set(entry["controls"]["oracle"]["settings"]) > {"facts, LoRA 8, 0.0005, 0 steps"}
+
+
+def test_a_search_goes_with_the_tuned_attacker() -> None:
+    with pytest.raises(SrmuError, match="--trials, --steps: of tuned_relearning; add it with --attacks"):
+        select_attacks("smoke", [], {"trials": 3, "steps": 5})
+    assert select_attacks("smoke", ["E20"], {"trials": 3})["tuned_relearning"].trials == 3
+
+
+def test_prices_in_words() -> None:
+    price = {"share": 0.5, "steps": 12.4, "low": 8.0, "high": None, "tried": 100, "tokens": 1984.0, "flop": 1.6e12}
+    never = price | {"share": 0.9, "steps": None}
+    assert describe_prices([price, never, price | {"steps": 0.0}]) == [
+        "50% of the knowledge is back after 12 steps (95 % interval 8 to more than 100): "
+        "1,984 tokens, 1.6e+12 FLOPs, 6.7e-05 GPU-minutes",
+        "90% of the knowledge did not come back in 100 steps of the best training found",
+        "50% of the knowledge is there without any training",
+    ]

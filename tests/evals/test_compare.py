@@ -12,6 +12,7 @@ from helpers.results import keep_rows, write_metrics, write_report
 from srmu.errors import SrmuError
 from srmu.evals.compare import ComparisonRow, choose_metrics, compare_runs, run_setting, suggest_attack
 from srmu.evals.results import read_attacks
+from srmu.report.format import write_range
 from srmu.runs.config import build_config, make_config
 
 QUESTIONS = 200  # two of each fact
@@ -395,3 +396,17 @@ def test_repetition_is_offered_neither_as_knowledge_nor_as_utility() -> None:
     """A rise of it would have counted as utility that was kept."""
     with pytest.raises(SrmuError, match=r"; there are quiz/acc$"):
         choose_metrics(["quiz/acc", "repetition/forget", "repetition/neutral"], (), (), ())
+
+
+def test_when_half_is_back_is_told_of_each_method(tmp_path: Path) -> None:
+    runs = [attacked(tmp_path, method, 0.3, 0.98) for method in ("srmu", "rmu")]
+    prices = ([{"share": 0.5, "steps": 12.4}, {"share": 0.9, "steps": None}], [{"share": 0.5, "steps": None}])
+    for run, price in zip(runs, prices, strict=True):
+        results = json.loads((run / "results.json").read_text())
+        results["attacks"]["attacks"]["quantisation"]["price"] = price
+        (run / "results.json").write_text(json.dumps(results))
+    rows = compare_runs(runs)
+    assert [row.half_back for row in rows] == [(12.4,), (None,)]
+    assert [write_range(row.half_back) for row in rows] == ["12 steps", "never"]
+    assert write_range((12.4, None, 3.0)) == "3\N{EN DASH}never steps"
+    assert write_range((30.0, 3.0)) == "3\N{EN DASH}30 steps" and write_range(()) == ""

@@ -594,3 +594,24 @@ def test_unclear_metrics_are_asked_for(tmp_path):
         write_report([run], tmp_path / "r.html", forget=["typo/acc"])
     with pytest.raises(SrmuError, match="which has a report of its own"):
         write_report([run, write_auto(tmp_path / "auto")], tmp_path / "r.html")
+
+
+def test_the_price_of_bringing_knowledge_back(tmp_path):
+    """Its sentences stand in the section on attacks, and all trainings found make one curve."""
+    run = write_run(tmp_path / "run", "SRMU", "high entanglement", 0, (34, 99, 78))
+    write_attacks(run, 0.8)
+    results = json.loads((run / "results.json").read_text())
+    settings = {f"facts, LoRA 8, 0.0005, {n} steps": {"test": n / 20, "val": 0.5} for n in (5, 10)}
+    price = {"share": 0.5, "steps": 7.0, "low": 5.0, "high": 9.0, "tried": 50, "tokens": 900.0, "flop": 1e9}
+    results["attacks"]["attacks"]["relearning_steps"] |= {"price": [price]}
+    results["attacks"]["attacks"]["tuned_relearning"] = {
+        "id": "E20", "status": "done", "why": "", "metrics": {}, "controls": {}, "settings": settings,
+    }  # fmt: skip
+    (run / "results.json").write_text(json.dumps(results))
+    entry = RunGroup("SRMU", "", (run,))
+    section = attack_section([entry], ["SRMU"], [estimate_recovery(entry)])
+    (told,) = (block.table for block in section.blocks if block.table and "bring it back" in block.table.caption)
+    (row,) = told.rows
+    assert row["Price"].startswith("50% of the knowledge is back after 7 steps (95 % interval 5 to 9): 900 tokens")
+    (drawn,) = (block for block in section.blocks if block.title == "Relearning by steps: the best training found")
+    assert drawn.figures[0].plot.data[0].y[-1] == 0.5

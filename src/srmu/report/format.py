@@ -68,13 +68,11 @@ def format_comparison(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def write_range(steps: Sequence[float | None]) -> str:
-    """Numbers of steps as the range that they span; None is more than all."""
-    if not steps:
-        return ""
+    """Numbers of steps as the range that they span; None is never."""
     known = sorted(step for step in steps if step is not None)
-    ends = [f"{step:.0f}" for step in known] + ["never"] * (len(steps) - len(known))
-    span = "\N{EN DASH}".join(dict.fromkeys([ends[0], ends[-1]]))
-    return span if span == "never" else f"{span} steps"
+    ends = [f"{step:.0f}" for step in known] + ["never"] * (len(known) < len(steps))
+    span = "\N{EN DASH}".join(dict.fromkeys([*ends[:1], *ends[-1:]]))
+    return span if span in ("", "never") else f"{span} steps"
 
 
 def drop_empty(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
