@@ -6,17 +6,8 @@ import torch
 
 from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
-from srmu.attacks.perturbations import (
-    QUANTISERS,
-    Noise,
-    Quantisation,
-    Quantiser,
-    add_noise,
-    count_undone,
-    find_matrices,
-    normal_levels,
-    prune_matrix,
-)
+from srmu.attacks.perturbations import Noise, Quantisation, add_noise, count_undone, find_matrices, prune_matrix
+from srmu.engine.rounding import QUANTISERS, Quantiser, normal_levels
 from srmu.evals.subject import Subject
 
 INT8, INT4, NF4, Q8_0, Q4_0 = QUANTISERS.values()
@@ -69,13 +60,13 @@ def test_no_level_is_nearer(quantiser: Quantiser) -> None:
     assert torch.allclose(quantiser.round_matrix(found), found, atol=2e-3 if quantiser.half else 1e-6)
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
 def test_rounding_is_that_of_llama_cpp(kind: str) -> None:
     """But for weights in the middle between two levels, which float32 takes to either."""
     quants = pytest.importorskip("gguf.quants")
     matrix = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).bfloat16().float()
-    stored = quants.quantize(matrix.numpy(), getattr(quants.GGMLQuantizationType, kind))
-    theirs = torch.from_numpy(quants.dequantize(stored, getattr(quants.GGMLQuantizationType, kind)))
+    how = quants.GGMLQuantizationType[kind.upper()]
+    theirs = torch.from_numpy(quants.dequantize(quants.quantize(matrix.numpy(), how), how))
     same = QUANTISERS[kind].round_matrix(matrix).isclose(theirs, rtol=1e-6, atol=0)
     assert same.float().mean() > 0.995
 

@@ -16,6 +16,7 @@ from helpers.models import VOCABULARY, pico_module, save_pico, texts, word_token
 from srmu.data.tokens import batch_rows, tokenise_texts
 from srmu.engine.losses import mean_nll
 from srmu.engine.model import EditableModel
+from srmu.engine.rounding import QUANTISERS
 from srmu.engine.stopping import CHECKED_BATCHES
 from srmu.engine.topic import Topic
 from srmu.engine.train import FINISHED, Terms, TrainOptions, fit_model
@@ -186,6 +187,39 @@ def test_masters_of_bf16_equal_a_float32_run_that_is_rounded() -> None:
     _, other = train(narrow, linear(narrow))
     for step in range(STEPS + 1):
         assert same([t.bfloat16() for t in one[step]], other[step])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [*QUANTISERS])
+def test_training_through_a_quantiser_equals_a_loop(kind: Any, dtype: torch.dtype) -> None:
+    """After the first step the loss sees rounded weights, its gradient goes to the others (straight through)."""
+
+    def loss_of(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+        return sum((w.float() ** 2 * (i + 1)).sum() for i, w in enumerate(weights))  # type: ignore[return-value]
+
+    model = editable(dtype)
+    given = [p.detach().clone() for p in model.trained.values()]
+    options = {"quantise_aware": kind, "max_steps": 3, "learning_rate": 0.01}
+    train(model, lambda *_: Terms({"forget": loss_of([*model.trained.values()])}, {}), **options)
+
+    masters = [torch.nn.Parameter(w.float()) for w in given]
+    optimiser = torch.optim.AdamW(masters, lr=0.01, weight_decay=0.0)
+    seen = given
+    for _ in range(3):
+        leaves = [w.detach().requires_grad_() for w in seen]
+        gradients = torch.autograd.grad(loss_of(leaves), leaves)
+        for master, gradient in zip(masters, gradients, strict=True):
+            master.grad = gradient.float()
+        optimiser.step()
+        seen = [QUANTISERS[kind].round_matrix(m.detach().to(dtype).float()).to(dtype) for m in masters]
+    assert same([*model.trained.values()], [m.detach().to(dtype) for m in masters])
+    assert not same(seen, [m.detach().to(dtype) for m in masters])
+
+
+def test_only_matrices_are_rounded() -> None:
+    model = EditableModel(pico_module(), ["*"])
+    with pytest.raises(SrmuError, match=r"train.quantise_aware=q4_0 rounds matrices, and .*norm.weight is none"):
+        train(model, linear(model), quantise_aware="q4_0")
 
 
 def test_bf16_weights_need_a_bf16_model() -> None:

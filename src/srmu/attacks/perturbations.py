@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from srmu.attacks.base import Attack, AttackResult, Exam, Texts, choose_setting
+from srmu.engine.rounding import QUANTISERS, Quantiser, view_matrices
 from srmu.engine.sites import decoder_blocks, is_turned
 from srmu.evals.statistics import Estimate
 from srmu.evals.subject import Question, Subject, mark_answers
@@ -35,12 +36,6 @@ def find_matrices(module: PreTrainedModel) -> dict[str, bool]:
     return turned
 
 
-def view_matrices(weight: Tensor, turned: bool) -> Tensor:
-    """A view of a weight as (experts, outputs, inputs); `turned` as `find_matrices` says."""
-    weight = weight.mT if turned else weight
-    return weight if weight.ndim == 3 else weight[None]
-
-
 def mark_changed(model: Subject, change: Callable[[Tensor], Tensor], asked: Sequence[Question]) -> Sequence[float]:
     """`mark_answers` when each linear matrix is what `change` makes of it: (outputs, inputs), float32."""
     turned = find_matrices(model.module)
@@ -49,55 +44,6 @@ def mark_changed(model: Subject, change: Callable[[Tensor], Tensor], asked: Sequ
             for matrix in view_matrices(parameter.data, turned[name]):
                 matrix.copy_(change(matrix.float()))
         return mark_answers(model, asked)
-
-
-class Quantiser(NamedTuple):
-    """Levels that weights are rounded to, times a scale that a block of them shares."""
-
-    levels: Float[Tensor, " L"]
-    block: int | None = None  # inputs that share a scale; None: all inputs of an output
-    unit: float = 1.0  # the level of the weight of largest magnitude; below 0: of its sign, too
-    half: bool = False  # scales are kept in float16
-
-    def group_weights(self, matrix: Matrix) -> Float[Tensor, "O G S"]:
-        """The weights that share a scale side by side; the last block is filled up with zeros."""
-        size = self.block or matrix.shape[1]
-        return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % size)).reshape(len(matrix), -1, size)
-
-    def scale_groups(self, weights: Float[Tensor, "O G S"]) -> Float[Tensor, "O G 1"]:
-        largest = weights.gather(2, weights.abs().argmax(dim=2, keepdim=True))
-        scale = (largest if self.unit < 0 else largest.abs()) / self.unit
-        return scale.masked_fill(scale == 0, 1)
-
-    def nearest_levels(self, weights: Float[Tensor, "O G S"], scale: Float[Tensor, "O G 1"]) -> Int[Tensor, "O G S"]:
-        levels = self.levels.to(weights.device)
-        return torch.bucketize((weights / scale).contiguous(), (levels[1:] + levels[:-1]) / 2)
-
-    def round_weights(self, weights: Float[Tensor, "O G S"]) -> Float[Tensor, "O G S"]:
-        scale = self.scale_groups(weights)
-        nearest = self.levels.to(weights.device)[self.nearest_levels(weights, scale)]
-        return nearest * (scale.half().float() if self.half else scale)
-
-    def round_matrix(self, matrix: Matrix) -> Matrix:
-        return self.round_weights(self.group_weights(matrix)).flatten(1)[:, : matrix.shape[1]]
-
-
-def normal_levels() -> Float[Tensor, " 16"]:
-    """The 16 levels of NF4: quantiles of the normal distribution, and 0 (QLoRA, arXiv 2305.14314, appendix E)."""
-    # the mean of those that would leave half a step outside with 16 and with 15 levels
-    outermost = 1 - (1 / 32 + 1 / 30) / 2
-    sides = [torch.special.ndtri(torch.linspace(outermost, 0.5, count, dtype=torch.float64)) for count in (8, 9)]
-    levels = torch.cat([-sides[0], sides[1][:-1].flip(0)])  # both sides end at 0: it is kept once
-    return (levels / levels.max()).float()
-
-
-QUANTISERS = {
-    "int8 a channel": Quantiser(torch.arange(-127.0, 128.0), None, 127),
-    "int4 in groups of 128": Quantiser(torch.arange(-7.0, 8.0), 128, 7),
-    "NF4 in blocks of 64": Quantiser(normal_levels(), 64),  # bitsandbytes
-    "Q8_0": Quantiser(torch.arange(-127.0, 128.0), 32, 127, half=True),  # llama.cpp's, as is the next
-    "Q4_0": Quantiser(torch.arange(-8.0, 8.0), 32, -8, half=True),
-}
 
 
 class Quantisation(Attack, id="E10", name="quantisation", tier="smoke"):

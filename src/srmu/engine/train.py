@@ -12,6 +12,7 @@ from srmu.engine import distributed
 from srmu.engine.losses import Mean
 from srmu.engine.model import EditableModel, copy_values
 from srmu.engine.resume import Checkpoints, pack_memory, unpack_memory
+from srmu.engine.rounding import Kind, Rounder
 from srmu.engine.stopping import ADVICE, StopRules
 from srmu.engine.topic import Batch, Padding, Topic, move_batch
 from srmu.errors import DivergedError, SrmuError
@@ -63,6 +64,7 @@ class TrainOptions:
     shuffle: bool = True
     padding: Padding = "mask"  # count: left padding that the losses count, as the public code
     weights: Literal["fp32", "bf16"] = "fp32"  # bf16: no float32 masters, as the public code
+    quantise_aware: Kind | None = None  # steps see the trained matrices rounded so; a finished run saves them as they are
     # Stop rules. None: no rule, but ln V for `forget_ceiling` where a loss has no lower bound.
     forget_ceiling: float | None = None  # nats of a forget token at which to stop; .inf: never
     kl_budget: float | None = None  # nats of KL(before || after) per retain token, at most
@@ -125,36 +127,47 @@ def fit_model(
     spread = spread and distributed.get_size() > 1
     training = Training(rules, extra, memory or {}, spread)
     done = training.resume(checkpoints)
-    streams = [topic.pairs() for topic in topics]
-    place = "the start"
     try:
-        for step in range(options.max_steps):
-            pair = next(streams[step % len(parts)])
-            if step < done:
-                continue
-            topic, loss = parts[step % len(parts)]
-            place = f"step {step}, topic {topic.name}, batch {step // len(parts)}"
-            own = map(distributed.take_rows, pair) if spread else pair
-            forget, retain = (move_batch(batch, model.device) for batch in own)
-            terms = loss(forget, retain, step)
-            if terms.stop:
-                return f"{terms.stop} (before step {step})"
-            values = training.take_step(terms, step, topic.name, place)
-            reason, measured = rules.check_step(step, place)
-            row = {name: float(value) for name, value in values.items()}
-            log(step, {"topic": topic.name, **row, **measured})
-            if reason:
-                return reason
-            if checkpoints.folder is not None and distributed.agree_on(checkpoints.due()):
-                state = training.state()
-                if distributed.is_first():
-                    checkpoints.save(step + 1, *state)
-        whole = all(distributed.local_part(p).isfinite().all() for p in training.parameters)
-        if not all(distributed.gather_values(whole)):
-            raise DivergedError(f"the weights are not finite after {place}; {ADVICE}")
+        reason = take_steps(training, parts, log, checkpoints, done)
     except DivergedError:
         copy_values(training.parameters, training.good)
         raise
+    if training.rounder and reason == FINISHED:  # else a stop rule may have put earlier weights back
+        training.write_weights()
+    return reason
+
+
+def take_steps(
+    training: "Training", parts: Sequence[tuple[Topic, LossFunction]], log: Log, checkpoints: Checkpoints, done: int
+) -> str:
+    """Take the steps after those that are `done`; returns why it ended."""
+    rules, options, model = training.rules, training.options, training.rules.model
+    streams = [topic.pairs() for topic, _ in parts]
+    place = "the start"
+    for step in range(options.max_steps):
+        pair = next(streams[step % len(parts)])
+        if step < done:
+            continue
+        topic, loss = parts[step % len(parts)]
+        place = f"step {step}, topic {topic.name}, batch {step // len(parts)}"
+        own = map(distributed.take_rows, pair) if training.shared else pair
+        forget, retain = (move_batch(batch, model.device) for batch in own)
+        terms = loss(forget, retain, step)
+        if terms.stop:
+            return f"{terms.stop} (before step {step})"
+        values = training.take_step(terms, step, topic.name, place)
+        reason, measured = rules.check_step(step, place)
+        row = {name: float(value) for name, value in values.items()}
+        log(step, {"topic": topic.name, **row, **measured})
+        if reason:
+            return reason
+        if checkpoints.folder is not None and distributed.agree_on(checkpoints.due()):
+            state = training.state()
+            if distributed.is_first():
+                checkpoints.save(step + 1, *state)
+    whole = all(distributed.local_part(p).isfinite().all() for p in training.parameters)
+    if not all(distributed.gather_values(whole)):
+        raise DivergedError(f"the weights are not finite after {place}; {ADVICE}")
     return FINISHED
 
 
@@ -177,7 +190,9 @@ class Training:
         self.options = options = rules.options
         named = {**rules.model.trained, **{f"extra {i}": p for i, p in enumerate(extra)}}
         self.parameters = [*named.values()]
-        self.masters = [master_of(name, p, options.weights) for name, p in named.items()]
+        self.rounder = Rounder(rules.model, options.quantise_aware) if options.quantise_aware else None
+        apart = self.rounder is not None
+        self.masters = [master_of(name, p, options.weights, apart) for name, p in named.items()]
         self.copies = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
         self.good = [p.detach().clone() for p in self.parameters]  # the newest weights whose loss was finite
         # Sharded tensors and others lie in groups of their own: no operation may mix them.
@@ -210,9 +225,14 @@ class Training:
             group["lr"], group["eps"] = self.options.rate(step), self.options.epsilon(step, group["betas"][1])
         self.optimiser.step()
         self.optimiser.zero_grad()
+        self.write_weights()
+        if self.rounder:
+            self.rounder.round_trained()
+        return values | {"grad_norm": norm}
+
+    def write_weights(self) -> None:
         for parameter, master in self.copies:
             parameter.data.copy_(master)
-        return values | {"grad_norm": norm}
 
     def collect_gradients(self, total: Tensor) -> Tensor:
         """Backpropagate, and move the gradients to the masters; returns their joint norm."""
@@ -269,10 +289,13 @@ class Training:
         return done
 
 
-def master_of(name: str, parameter: nn.Parameter, weights: str) -> nn.Parameter:
-    """The tensor that the optimiser steps: the parameter, or a float32 copy, as bf16 loses small steps."""
+def master_of(name: str, parameter: nn.Parameter, weights: str, apart: bool = False) -> nn.Parameter:
+    """The tensor that the optimiser steps: the parameter, or a float32 copy, as bf16 loses small steps.
+
+    `apart`: always a copy.
+    """
     check_precision(name, parameter.dtype, weights)
-    if weights == "bf16" or parameter.dtype == torch.float32:
+    if not apart and (weights == "bf16" or parameter.dtype == torch.float32):
         return parameter
     return nn.Parameter(parameter.detach().float().clone())
 
