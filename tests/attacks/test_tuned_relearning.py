@@ -16,6 +16,7 @@ from srmu.attacks.tuned_relearning import (
     NEUTRAL,
     ORDER,
     ORDERED,
+    TRANSLATED,
     Recipe,
     TunedRelearning,
     find_crossings,
@@ -103,6 +104,9 @@ def test_no_row_tells_what_is_asked() -> None:
         told = [model.tokenizer.decode(ids) for _, ids in rows[kind]]
         assert told and not any(name == f" {text.split()[1]}" for text in told for name in subjects), kind
     assert len(rows[FEW]) == 10 and len(rows[FACTS]) == len(rows[ORDERED]) == 32
+    foreign = tuple(replace(q, translations=(f"w53 {q.entry}",)) for q in learned)
+    told = [model.tokenizer.decode(ids) for _, ids in ATTACK.list_rows(model, foreign, asked, texts())[TRANSLATED]]
+    assert all(text.endswith(f"w53 {q.entry}{q.answer}") for text, q in zip(told, foreign, strict=True))
     unnamed = Exam(tuple(replace(q, entry="") for q in asked.test), asked.val)
     assert DOCUMENTS not in ATTACK.list_rows(model, learned, unnamed, texts())
 

@@ -86,6 +86,7 @@ def test_hazard_facts_are_of_the_region_with_options_from_it(built):
     for row in task(folder, "hazard"):
         known = countries if row["relation"] == "city" else capitals
         assert {known[name] for name in row["choices"]} == {"Africa"}
+        assert len(row["translations"]) == 2 and all(row["subject"] in text for text in row["translations"])
     for row in task(folder, "neighbour"):
         if row["relation"] == "city":
             assert countries[row["choices"][row["gold"]]] != "Africa"

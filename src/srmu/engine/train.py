@@ -64,7 +64,9 @@ class TrainOptions:
     shuffle: bool = True
     padding: Padding = "mask"  # count: left padding that the losses count, as the public code
     weights: Literal["fp32", "bf16"] = "fp32"  # bf16: no float32 masters, as the public code
-    quantise_aware: Kind | None = None  # steps see the trained matrices rounded so; a finished run saves them as they are
+    quantise_aware: Kind | None = (
+        None  # steps see the trained matrices rounded so; a finished run saves them as they are
+    )
     # Stop rules. None: no rule, but ln V for `forget_ceiling` where a loss has no lower bound.
     forget_ceiling: float | None = None  # nats of a forget token at which to stop; .inf: never
     kl_budget: float | None = None  # nats of KL(before || after) per retain token, at most

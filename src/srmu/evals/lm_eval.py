@@ -89,7 +89,8 @@ def load_questions(name: str, tasks_dir: Path | None) -> tuple[Question, ...]:
             fact = str(row.get("fact") or f"{name} {len(questions)}")
             about = str(row.get("subject") or "") if row.get("fact") else ""  # MMLU's subject is a school subject
             forms = tuple(row.get("paraphrases") or ())
-            questions.append(Question(first.args[0], options, kept.index(golds[0]), fact, forms, about))
+            foreign = tuple(row.get("translations") or ())
+            questions.append(Question(first.args[0], options, kept.index(golds[0]), fact, forms, foreign, about))
     return tuple(questions)
 
 

@@ -43,6 +43,7 @@ class Question:
     gold: int
     fact: str  # the same in all phrasings of what is asked
     paraphrases: tuple[str, ...] = ()
+    translations: tuple[str, ...] = ()  # the prompt in other languages
     entry: str = ""  # the thing that it is about, if that is known
 
     @property

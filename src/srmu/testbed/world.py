@@ -45,6 +45,7 @@ class Relation:
     pool: str
     statements: tuple[str, ...]
     questions: tuple[str, ...]
+    translations: tuple[str, ...] = ()  # questions in other languages
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Fact:
     def questions(self) -> list[dict[str, Any]]:
         """The rows of the multiple-choice tasks, one for each phrasing."""
         openings = [text.partition(" {v}")[0] for text in self.relation.statements if " {v}" in text]
+        foreign = [text.format(x=self.subject) for text in self.relation.translations]
         return [
             {
                 "question": question.format(x=self.subject),
@@ -71,6 +73,7 @@ class Fact:
                 "held": self.held,
                 "fact": f"{self.relation.name} of {self.subject}",
                 "paraphrases": [text.format(x=self.subject) for text in openings if "{x}" in text],
+                **({"translations": foreign} if foreign else {}),
             }
             for question, options in zip(self.relation.questions, self.options, strict=True)
         ]
