@@ -3,14 +3,13 @@
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from helpers.models import save_pico, texts, write_jsonl
+from helpers import attack_world as world
 from srmu.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -30,18 +29,11 @@ def commands(path: Path) -> list[list[str]]:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what the README calls my-model, forget.jsonl and retain.jsonl."""
-    save_pico(tmp_path / "my-model")
-    write_jsonl(tmp_path / "forget.jsonl", texts(10, 1, range(30)))
-    write_jsonl(tmp_path / "retain.jsonl", texts(7, 2, range(20, 60)))
-    shutil.copytree(ROOT / "tests" / "tasks", tmp_path / "tasks")
-    words = [f"w{i}" for i in range(4)]
-    asked = [{"question": f"w{i} w{i + 1}", "options": words, "answer": i % 4} for i in range(48)]
-    lines = "".join(json.dumps(row) + "\n" for row in asked)
-    config = (tmp_path / "tasks" / "quiz.yaml").read_text()
-    for name in ("quiz", "kept"):
-        (tmp_path / "tasks" / f"{name}.jsonl").write_text(lines)
-        (tmp_path / "tasks" / f"{name}.yaml").write_text(config.replace("quiz", name))
+    """A folder with what the README calls own: the testbed that a table of facts becomes."""
+    own = world.save_testbed(tmp_path / "own")
+    config = f"model: model\nmethod: {{name: srmu, layer: 2}}\ntopics: {{facts: {{forget: {own}/forget.jsonl, "
+    config += f"retain: {own}/retain-high.jsonl}}}}\ntrain: {{max_steps: 4, learning_rate: 1.0e-3}}\n"
+    (own / "high.yaml").write_text(config + "eval: [organism_hazard, organism_general]\ntasks_dir: tasks\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -57,16 +49,15 @@ def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
 def test_readme_commands_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
     for arguments in commands(ROOT / "README.md"):
-        if arguments[0] in SLOW or any("testbed" in word for word in arguments):
+        if arguments[0] in SLOW:
             continue
-        made = (place / "runs").glob("*")
+        made = (place / "own" / "runs").glob("*")
         newest = max(made, key=lambda p: p.stat().st_mtime, default="")
         arguments = [re.sub("^RUN(?=/|$)", str(newest), word) for word in arguments if word != "OTHER_RUN"]
         assert run(arguments, monkeypatch) == 0, arguments
         ran.append(arguments[0])
-    expected = {"unlearn", "eval", "export", "attack", "compare", "inspect", "info", "auto"}
-    assert expected | {"report", "verify"} <= set(ran)
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    assert {"unlearn", "eval", "ask", "attack", "report", "export", "verify", "auto", "compare", "info"} == {*ran}
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
 @pytest.mark.parametrize(("name", "page"), [("demo-atlas.json", "README.md"), ("demo.json", "docs/testbed.md")])
@@ -80,9 +71,11 @@ def test_docs_have_the_numbers_of_the_demo(name: str, page: str) -> None:
 @pytest.mark.slow
 def test_readme_python_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = blocks(ROOT / "README.md", "python")
+    told = iter(["w50 w1 w40", "w51 w1 w40", "w52 w2 w48", "w52 w3 w49"])  # in the words of the small model
+    code = re.sub(r'"[^"]* is [^"]*\."', lambda _: repr(next(told)), code)
     exec(compile(code, "README.md", "exec"), {})
     out = capsys.readouterr().out
-    assert "forget activations moved" in out and "{'after': {'quiz/acc': {" in out
+    assert "forget activations moved" in out and "{'after': {'organism_hazard/acc': {" in out
 
 
 def test_contributing_method_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +83,7 @@ def test_contributing_method_runs(place: Path, monkeypatch: pytest.MonkeyPatch) 
     (code,) = re.findall(r"```python title=\"gaussian_rmu.py\"\n(.*?)```", text, flags=re.DOTALL)
     (place / "gaussian_rmu.py").write_text(code)
     (named,) = re.findall(r"`(method\.name=gaussian_rmu\.py:\w+)`", text)
-    paths = ["--model", "my-model", "--forget", "forget.jsonl", "--retain", "retain.jsonl"]
+    paths = ["--model", "own/model", "--forget", "own/forget.jsonl", "--retain", "own/retain-high.jsonl"]
     options = [named, "train.max_steps=2", "train.learning_rate=0.01"]
     assert run(["unlearn", *paths, *options], monkeypatch) == 0
     assert list((place / "runs").glob("*-gaussian_rmu/delta.safetensors"))

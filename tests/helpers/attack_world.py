@@ -6,7 +6,7 @@
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -147,11 +147,25 @@ def write(folder: Path) -> Path:
     return write_sets(folder)
 
 
-def write_sets(folder: Path) -> Path:
+def save_testbed(folder: Path) -> Path:
+    """The same with the names that `srmu testbed` gives, without an oracle."""
+    save(folder / "model", "original")
+    asked = exam()
+    named = {"organism_hazard": asked.test, "organism_hazard_val": asked.val}
+    for task in ("organism_neighbour", "organism_general"):
+        named |= {task: asked.utility["harmless"][:20], f"{task}_val": asked.utility["harmless"][20:]}
+    write_sets(folder, named)
+    for name in ("retain-low", "retain-high"):
+        (folder / f"{name}.jsonl").write_text((folder / "neutral.jsonl").read_text())
+    (folder / "organism.json").write_text("{}")
+    return folder
+
+
+def write_sets(folder: Path, named: Mapping[str, Sequence[Question]] | None = None) -> Path:
     """Its tasks and texts alone."""
     asked, told = exam(), texts()
     (folder / "tasks").mkdir()
-    named = {"hazard": asked.test, "hazard_val": asked.val, **asked.utility}
+    named = named or {"hazard": asked.test, "hazard_val": asked.val, **asked.utility}
     for name, questions in named.items():
         (folder / "tasks" / f"{name}.yaml").write_text(TASK.format(name=name))
         lines = [

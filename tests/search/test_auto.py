@@ -304,7 +304,7 @@ def test_the_oracle_is_the_floor_where_there_is_one() -> None:
         "attacks": {"one": {"controls": control}, "two": {"controls": {}}},
     }  # fmt: skip
     found = robust.measure_floor(None, None, report, ())  # type: ignore[arg-type]
-    assert found == {"of": "an oracle that never knew", "share": pytest.approx(0.12)}
+    assert found == {"of": "an oracle (trained without these facts)", "share": pytest.approx(0.12)}
 
 
 def test_unknown_facts_are_the_floor_where_there_is_no_oracle() -> None:

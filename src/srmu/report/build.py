@@ -258,7 +258,7 @@ def make_auto_page(
     parts = studies.auto_sections(study)
     headline = write_words("auto", budget=study["budget"], chosen=bool(study.get("run")))
     if not study.get("run"):
-        return Page("Chosen automatically", headline, parts, command)
+        return Page("Layer and strength, chosen automatically", headline, parts, command)
     entries, _ = list_entries([folder / study["run"]])
     page = make_runs_page(entries, *find_metrics(entries, forget, utility), command)
-    return Page("Chosen automatically", [*headline, *page.headline], [*parts, *page.sections], command)
+    return Page("Layer and strength, chosen automatically", [*headline, *page.headline], [*parts, *page.sections], command)

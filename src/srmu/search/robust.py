@@ -45,7 +45,7 @@ def measure_floor(run: Run, sources: Sources, report: Mapping[str, Any], names: 
     """
     chance, known = report["chance"], report["original"]["accuracy"]["value"]
     if report["oracle"]:
-        what = "an oracle that never knew"
+        what = "an oracle (trained without these facts)"
         controls = [e.get("controls", {}).get("oracle", {}) for e in report["attacks"].values()]
         highest = max(c["accuracy"]["value"] for c in controls if "accuracy" in c)
     elif "unknown" in report:
