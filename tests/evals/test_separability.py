@@ -54,7 +54,7 @@ def states(module, batch):
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma2"])
 def test_activations_are_those_of_each_block(arch):
     module, drawn = pico_module(arch), sample(FORGET)
-    found = sample_activations(module, drawn, lambda text: None)
+    found = sample_activations(module, drawn, range(4), lambda text: None)
     naive = [states(module, batch) for batch in drawn.batches]
     masks = [without_first(is_counted(batch["labels"])) for batch in drawn.batches]
     assert len(found) == 4
@@ -141,6 +141,8 @@ def test_a_feature_planted_in_one_layer_separates_there():
     assert rows[2]["accuracy"] == 1 and choose_layer(rows)["layer"] <= 2
     assert rows[2]["mean_cosine"] < rows[1]["mean_cosine"]
     assert found["documents"] == [20, 20]
+    some = measure_separability(module, word_tokenizer(), forget, retain, [1, 3])
+    assert some["layers"] == [found["layers"][1], found["layers"][3]]
     again = measure_separability(module, word_tokenizer(), forget, retain)
     assert again == found
 

@@ -94,6 +94,11 @@ def test_every_choice_is_explained(place: Path) -> None:
         "measure", "entanglement", "layers", "search", "final", "attacks", "export",
     ]  # fmt: skip
     assert all(choice["sentence"].endswith(".") for choice in found["choices"])
+    # the layers that the texts were read at are those of the scan, so that the two can be held against each other
+    assert found["advised"] in [row["layer"] for row in found["scan"]["layers"]]
+    said = [choice["sentence"] for choice in found["choices"] if choice["step"] == "layers"]
+    assert said[1].startswith("The texts alone had pointed to ")
+    assert ("the same layer" in said[1]) == (found["advised"] == found["scan"]["best"])
     told = json.loads((place / "said.json").read_text())
     assert told == [[choice["step"], choice["sentence"]] for choice in found["choices"]]
     assert str(place) not in json.dumps(found)

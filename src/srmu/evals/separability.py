@@ -61,13 +61,15 @@ def measure_entanglement(
     questions: Sequence[Question] = (),
     model: tuple[PreTrainedModel, Any] | None = None,
     *,
+    layers: Sequence[int] | None = None,
     definition: Definition = "pair_containment",
     watch: Watch = ignore_progress,
 ) -> Analysis:
     """Measure what can be known about a forget and a retain set before training, with advice.
 
-    `model` is a module with its tokenizer; `definition` that of `ngram_overlap`. `entanglement` is the share of the
-    forget set's word types, stop words left out, that the retain set uses too: more shared words never lower it.
+    `model` is a module with its tokenizer, whose `layers` (None: all) are compared; `definition` is that of
+    `ngram_overlap`. `entanglement` is the share of the forget set's word types, stop words left out, that the retain
+    set uses too: more shared words never lower it.
     """
     numbers: dict[str, Any] = {"entanglement": measure_coverage(forget, retain)}
     numbers["shared"] = count_shared(forget, retain)
@@ -77,18 +79,24 @@ def measure_entanglement(
         numbers["contamination"] = {name: measure_contamination(asked, texts) for name, texts in sets.items()}
     panels = []
     if model is not None:
-        numbers["separability"] = measure_separability(*model, forget, retain, watch=watch)
+        numbers["separability"] = measure_separability(*model, forget, retain, layers, watch=watch)
         rows = [row | row["importance"] for row in numbers["separability"]["layers"]]
         for title, y_title, keys in PANELS:
             series = {name: [row[key] for row in rows] for name, key in keys.items()}
-            panels.append(Panel(title, "layer", y_title, [*range(len(rows))], series))
+            panels.append(Panel(title, "layer", y_title, [row["layer"] for row in rows], series))
     return Analysis("Entanglement of forget and retain set", numbers, advise_user(numbers), panels)
 
 
 def measure_separability(
-    module: PreTrainedModel, tokenizer: Any, forget: list[str], retain: list[str], *, watch: Watch = ignore_progress
+    module: PreTrainedModel,
+    tokenizer: Any,
+    forget: list[str],
+    retain: list[str],
+    layers: Sequence[int] | None = None,
+    *,
+    watch: Watch = ignore_progress,
 ) -> dict[str, Any]:
-    """Numbers of each layer's output on forget and retain texts; a text's first token is left out.
+    """Numbers of the output of `layers` (None: of each) on forget and retain texts; a text's first token is left out.
 
     By layer: `accuracy`, the balanced one of a logistic regression between the tokens of the two sets, cross-validated
     by document, with its standard error over folds; `mean_cosine` of the two means; `subspace_cosine`, the mean over
@@ -99,24 +107,25 @@ def measure_separability(
     samples = []
     for name, texts in (("forget", forget), ("retain", retain)):
         few = [texts[i] for i in torch.randperm(len(texts), generator=generator)[:DOCUMENTS]]
-        rows = tokenise_texts(few, tokenizer, min(LENGTH, count_positions(module) or LENGTH)) if few else []
-        samples.append(draw_sample(name, [*batch_rows(rows, tokenizer, BATCH, "mask")], TOKENS, generator))
+        read = tokenise_texts(few, tokenizer, min(LENGTH, count_positions(module) or LENGTH)) if few else []
+        samples.append(draw_sample(name, [*batch_rows(read, tokenizer, BATCH, "mask")], TOKENS, generator))
     if (least := min(len(sample.owners) for sample in samples)) <= COMPONENTS:
         raise SrmuError(f"{least} tokens of a set are too few to compare: it takes over {COMPONENTS}, so more texts")
+    compared = range(len(sites.decoder_blocks(module))) if layers is None else layers
     with watch("reading the texts", sum(len(s.batches) for s in samples)) as tick:
-        read_all = [sample_activations(module, sample, tick) for sample in samples]
-    layers = []
-    with watch("comparing layers", len(read_all[0])) as tick:
-        for layer, ((left, f_sums), (right, r_sums)) in enumerate(zip(*read_all, strict=True)):
+        read_all = [sample_activations(module, sample, compared, tick) for sample in samples]
+    rows = []
+    with watch("comparing layers", len(compared)) as tick:
+        for layer, (left, f_sums), (right, r_sums) in zip(compared, *read_all, strict=True):
             accuracy, error = classify_sets(left, right, *(sample.owners for sample in samples))
             one, other = left.mean(axis=0), right.mean(axis=0)
             row: dict[str, Any] = {"layer": layer, "accuracy": accuracy, "stderr": error}
             row["mean_cosine"] = float(one @ other / (np.linalg.norm(one) * np.linalg.norm(other) + 1e-12))
             row["subspace_cosine"] = float(measure_principal_cosines(left, right, COMPONENTS).mean())
-            layers.append(row | {"importance": describe_selectivity(f_sums, r_sums)})
+            rows.append(row | {"importance": describe_selectivity(f_sums, r_sums)})
             tick("")
     documents = [len(set(sample.owners.tolist())) for sample in samples]
-    return {"layers": layers, "documents": documents, "tokens": [len(sample.owners) for sample in samples]}
+    return {"layers": rows, "documents": documents, "tokens": [len(sample.owners) for sample in samples]}
 
 
 def draw_sample(name: str, batches: list[Batch], tokens: int, generator: torch.Generator) -> Sample:
@@ -137,10 +146,10 @@ def draw_sample(name: str, batches: list[Batch], tokens: int, generator: torch.G
 
 @torch.no_grad()
 def sample_activations(
-    module: PreTrainedModel, sample: Sample, tick: Callable[[str], None]
+    module: PreTrainedModel, sample: Sample, layers: Sequence[int], tick: Callable[[str], None]
 ) -> list[tuple[Array, Tensor]]:
     """The activations of the chosen tokens (N, D), and `sum_features` of all tokens, by layer."""
-    blocks = sites.decoder_blocks(module)
+    blocks = [sites.decoder_blocks(module)[layer] for layer in layers]
     values: list[list[Tensor]] = [[] for _ in blocks]
     totals: list[Tensor | int] = [0 for _ in blocks]
     masks: list[Tensor] = []  # of the batch that is read: all tokens, the chosen ones

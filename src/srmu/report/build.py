@@ -261,4 +261,6 @@ def make_auto_page(
         return Page("Layer and strength, chosen automatically", headline, parts, command)
     entries, _ = list_entries([folder / study["run"]])
     page = make_runs_page(entries, *find_metrics(entries, forget, utility), command)
-    return Page("Layer and strength, chosen automatically", [*headline, *page.headline], [*parts, *page.sections], command)
+    return Page(
+        "Layer and strength, chosen automatically", [*headline, *page.headline], [*parts, *page.sections], command
+    )

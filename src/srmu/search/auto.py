@@ -193,7 +193,7 @@ def run_search(job: AutoJob, tell: Tell = lambda step, sentence: None, watch: Wa
     say("measure", explain("measure", forget=", ".join(yardstick.forget), utility=", ".join(yardstick.utility)))
     if job.sources is None:
         say("measure", explain("texts alone"))
-    say("entanglement", *advise_on_texts(job, watch))
+    say("entanglement", *advise_on_texts(job, answer, watch))
     tried = run_trials(job, answer, say, watch)
     chosen, sentence = choose_trial(job, tried)
     say("search", sentence)
@@ -217,13 +217,20 @@ def run_search(job: AutoJob, tell: Tell = lambda step, sentence: None, watch: Wa
     return answer
 
 
-def advise_on_texts(job: AutoJob, watch: Watch) -> list[str]:
-    """What `srmu inspect texts` says, with the model and the questions to choose on."""
+def advise_on_texts(job: AutoJob, answer: Answer, watch: Watch) -> list[str]:
+    """What `srmu inspect texts` says, with the model and the questions to choose on; adds the layer `advised`.
+
+    Only layers that are to be scanned are compared.
+    """
     model, tokenizer = open_model(job.config.model, job.config.device)
     asked = [part for part in job.yardstick.forget.values() if isinstance(part, TaskYardstick)]
     questions = [question for part in asked for question in part.halves["val"]]
     texts = [*job.texts["forget"]], [*job.texts["retain"]]
-    return separability.measure_entanglement(*texts, questions, (model.module, tokenizer), watch=watch).sentences
+    layers = None if job.request.robust else job.layers
+    inside = model.module, tokenizer
+    found = separability.measure_entanglement(*texts, questions, inside, layers=layers, watch=watch)
+    answer["advised"] = separability.choose_layer(found.numbers["separability"]["layers"])["layer"]
+    return found.sentences
 
 
 def run_trials(job: AutoJob, answer: Answer, say: Callable[..., None], watch: Watch) -> list[Entry]:
@@ -247,6 +254,9 @@ def run_trials(job: AutoJob, answer: Answer, say: Callable[..., None], watch: Wa
     best = max(rows, key=lambda row: objective.trial_worth(row, job.limit))
     answer["scan"] = {"layers": rows, "best": best["layer"]}
     say("layers", explain("layers", tried=", ".join(str(row["layer"]) for row in rows), **best))
+    advised = next((row for row in rows if row["layer"] == answer["advised"]), None)
+    if advised:  # else its run diverged
+        say("layers", explain("advice kept" if advised is best else "advice overruled", **advised))
     job = replace(job, config=with_values(config, {"method.layer": best["layer"]}))
     name = f"layer {best['layer']} within {job.limit:g}"
     answer["trials"] = objective.search_configs(job, name, [{}] * request.trials, watch)
