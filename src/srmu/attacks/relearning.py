@@ -93,11 +93,15 @@ def tune_kinds(
     ways: list[Setting] = []
     steps, too_large = {}, []
     asked = {exam.only, exam.only.rpartition(", ")[0]}  # with or without a number of steps
+
+    def until(way: Setting) -> bool:
+        return way.setting == exam.only
+
     for name, own in trainings.items():
         if exam.only and name not in asked:
             continue
         try:
-            reached, steps[name] = tune_and_ask(model, exam, name, seed, **own, **common)
+            reached, steps[name] = tune_and_ask(model, exam, name, seed, until=until, **own, **common)
         except torch.OutOfMemoryError:  # AdamW needs many times the model's memory
             too_large.append(name)
         else:
