@@ -24,8 +24,19 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def suggest_word(word: str, known: Iterable[object]) -> str:
-    """`; did you mean ...?`, or what there is to choose from."""
+def suggest_word(word: str, known: Iterable[object], elsewhere: Iterable[str] = ()) -> str:
+    """`; did you mean ...?`, or what there is to choose from.
+
+    A word may be short for a name (`lr` for `learning_rate`), and stand for one of those `elsewhere`, which come
+    with the keys before them.
+    """
     names = [str(name) for name in known]
-    close = get_close_matches(word, names, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else f"; choose one of {', '.join(names)}"
+    short = [name for name in (*names, *elsewhere) if is_short_for(word, name.rpartition(".")[2])]
+    meant = get_close_matches(word, names, n=1, cutoff=0.6) or short
+    return f"; did you mean {' or '.join(meant)}?" if meant else f"; choose one of {', '.join(names)}"
+
+
+def is_short_for(word: str, name: str) -> bool:
+    """Whether a word is a name, the last word of it, or its initials."""
+    words = name.split("_")
+    return word in (name, words[-1], "".join(part[:1] for part in words))

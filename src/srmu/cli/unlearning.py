@@ -74,6 +74,10 @@ def choose_config(args: list[str], model: str, forget: list[str], retain: list[s
 
     file = args[0] if args and ("=" not in args[0] or Path(args[0]).is_file()) else ""
     if file and (forget or retain) and Path(file).suffix not in (".yaml", ".yml"):
+        if args[1:2] == ["="]:
+            raise SrmuError(
+                f"{file} =: expected key=value without spaces, for example {file}={args[2] if args[2:] else 8}"
+            )
         raise SrmuError(
             f"{file}: expected key=value; where a shell spread a glob behind --forget or --retain, "
             "quote it: --forget 'texts/*.jsonl'"

@@ -237,6 +237,12 @@ def find_method(name: str) -> type[Method]:
     return cls
 
 
+def list_keys() -> list[str]:
+    """The options of training, and of all methods, with the key before them."""
+    owners: list[tuple[str, Any]] = [("train", TrainOptions), *(("method", cls) for cls in METHODS.values())]
+    return [*dict.fromkeys(f"{key}.{one.name}" for key, cls in owners for one in dataclasses.fields(cls))]
+
+
 def explain_error(error: ValidationError, where: str, schema: Any) -> str:
     """The first of pydantic's complaints in one line."""
     first = error.errors(include_url=False)[0]
@@ -253,7 +259,7 @@ def explain_error(error: ValidationError, where: str, schema: Any) -> str:
             if issubclass(schema, BaseModel)
             else [field.name for field in dataclasses.fields(schema)]
         )
-        return f"{key} is not an option{suggest_word(location[-1], fields)}"
+        return f"{key} is not an option{suggest_word(location[-1], fields, () if key.count('.') else list_keys())}"
     if first["type"] in ("missing", "missing_argument"):
         return f"{key} is missing from the config"
     shown = first["input"] if isinstance(first["input"], str | int | float) else "that value"
