@@ -1,4 +1,4 @@
-"""On a GPU, in about ten minutes: the engine and the paper's grid on the 7B shape, a real model attacked, two devices.
+"""On a GPU: the engine and the paper's grid on the 7B shape, a real model attacked, two devices.
 
     python benchmarks/gpu.py [--testbed FOLDER]
 
@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 HERE = Path(__file__).parent
+FAILED: list[str] = []
 LARGE = ("--device", "cuda", "--shape", "7b", "--dtype", "bfloat16", "--tokens", "512")
 
 
@@ -23,6 +24,7 @@ def run_step(title: str, *words: str) -> None:
     started = time.monotonic()
     done = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE, text=True, check=False)
     state = "" if done.returncode == 0 else f", failed with {done.returncode}"
+    FAILED.extend([title] * (done.returncode != 0))
     print(f"\n## {title} ({time.monotonic() - started:.0f} s{state})\n\n{done.stdout}", flush=True)
 
 
@@ -53,3 +55,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    sys.exit(f"failed: {', '.join(FAILED)}" if FAILED else 0)

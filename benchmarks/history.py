@@ -38,8 +38,9 @@ def time_commit(tree: Path, home: Path, testbed: Path, limit: int) -> dict[str, 
     home.mkdir()
     given = (str(testbed / "high.yaml"), "train.max_steps=20", f"runs_dir={home / 'runs'}")
     found: dict[str, Any] = {}
-    found["info methods"] = run_command(tree, home, "info", "methods")
-    found["unlearn --dry-run"] = run_command(tree, home, "unlearn", *given, "--dry-run")
+    for _ in range(2):  # the first reads files that the system has not read yet
+        found["info methods"] = run_command(tree, home, "info", "methods")
+        found["unlearn --dry-run"] = run_command(tree, home, "unlearn", *given, "--dry-run")
     found["unlearn, 20 steps"] = run_command(tree, home, "unlearn", *given)
     (folder,) = (home / "runs").iterdir()
     found["eval"] = run_command(tree, home, "eval", str(folder))

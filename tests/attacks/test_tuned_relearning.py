@@ -58,11 +58,15 @@ def test_the_price_is_where_the_curve_crosses(found: AttackResult) -> None:
     curve = [way for way in found.ways if way.test]
     shares = [(accuracy(way) - 0.25) / 0.75 for way in curve]  # the original knows all
     steps = [parse_setting(way.setting)[1] for way in curve]
-    assert (half.share, most.share) == (0.5, 0.9) and half.tried == most.tried == 50
+    assert (half.share, most.share) == (0.5, 0.9) and half.tried == most.tried == steps[-1] <= 50
     after = next(i for i, share in enumerate(shares) if share >= 0.5)
     expected = np.interp(0.5, shares[after - 1 : after + 1], steps[after - 1 : after + 1])
     assert half.steps == pytest.approx(expected) and half.low <= half.steps
-    assert half.tokens > 0 and half.flop > 0
+    recipe, _ = parse_setting(curve[-1].setting)
+    assert recipe.rows == FACTS  # 32 rows of four tokens, eight a step
+    assert half.tokens == pytest.approx(half.steps * 8 * 4)
+    weights = sum(p.numel() for p in subject("unlearned").module.parameters()) - 64 * 32  # what is only looked up
+    assert half.flop == pytest.approx(half.tokens * weights * (4 if recipe.rank else 6))
 
 
 @pytest.mark.slow
@@ -97,7 +101,7 @@ def test_an_attacker_who_may_lose_nothing_has_no_setting() -> None:
 def test_no_row_tells_what_is_asked() -> None:
     model, learned, held = subject("unlearned"), *split_validation(exam(), 0)
     asked = replace(exam(), val=held)
-    rows = ATTACK.list_rows(model, learned, asked, texts())
+    rows = ATTACK.list_rows(model, learned, asked.both, texts())
     assert [*rows] == [FACTS, ORDERED, FEW, DOCUMENTS, NEUTRAL]
     subjects = {f" {q.entry}" for q in asked.both}
     for kind in (FACTS, FEW, DOCUMENTS):
@@ -105,16 +109,37 @@ def test_no_row_tells_what_is_asked() -> None:
         assert told and not any(name == f" {text.split()[1]}" for text in told for name in subjects), kind
     assert len(rows[FEW]) == 10 and len(rows[FACTS]) == len(rows[ORDERED]) == 32
     foreign = tuple(replace(q, translations=(f"w53 {q.entry}",)) for q in learned)
-    told = [model.tokenizer.decode(ids) for _, ids in ATTACK.list_rows(model, foreign, asked, texts())[TRANSLATED]]
-    assert all(text.endswith(f"w53 {q.entry}{q.answer}") for text, q in zip(told, foreign, strict=True))
-    unnamed = Exam(tuple(replace(q, entry="") for q in asked.test), asked.val)
+    told = [model.tokenizer.decode(ids) for _, ids in ATTACK.list_rows(model, foreign, asked.both, texts())[TRANSLATED]]
+    wanted = dict.fromkeys(f"w53 {q.entry}{q.answer}" for q in foreign)  # of both phrasings the same
+    assert all(text.endswith(one) for text, one in zip(told, wanted, strict=True))
+    unnamed = tuple(replace(q, entry="") for q in asked.test)
     assert DOCUMENTS not in ATTACK.list_rows(model, learned, unnamed, texts())
+
+
+def test_the_control_learns_what_the_run_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it is asked: documents leave out the subjects of the run's questions, not of its own."""
+    shown = []
+
+    def keep(model: object, asked: Exam, name: str, seed: int, rows: object, *_: object, **__: object) -> object:
+        shown.append(rows)
+        return [], 0
+
+    monkeypatch.setattr(tuned_relearning, "tune_and_ask", keep)
+    model, setting = subject("unlearned"), f"{Recipe(DOCUMENTS, 0, 1e-4)}, 20 steps"
+    never = tuple(replace(q, entry=f"x{i}") for i, q in enumerate(exam().test))
+    run = replace(exam(), only=setting)
+    for asked in (run, replace(run, test=never, run_test=exam().test), replace(run, test=never)):
+        ATTACK.run(model, texts(), asked, 0)
+    assert shown[0] == shown[1] != shown[2]
+    unnamed = replace(run, test=tuple(replace(q, entry="") for q in never))
+    with pytest.raises(NotApplicable, match="there are no documents to learn from here"):
+        ATTACK.run(model, texts(), unnamed, 0)
 
 
 def test_sentences_about_what_is_asked_are_left_out() -> None:
     asked = tuple(replace(q, entry="Nairobi") for q in exam().test)
-    told = ["Nairobi is large. Lagos is larger! Is it?", "From Nairobi one flies."]
-    assert leave_out_subjects(told, asked) == ["Lagos is larger! Is it?"]
+    told = ["Lagos is larger! Is it? NAIROBI is large. It is a capital.", "From Nairobi one flies.", "Nairobian lions."]
+    assert leave_out_subjects(told, asked) == ["Lagos is larger! Is it?", "Nairobian lions."]
 
 
 def test_an_order_stands_before_facts_and_questions(monkeypatch: pytest.MonkeyPatch) -> None:

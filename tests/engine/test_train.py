@@ -218,7 +218,9 @@ def test_training_through_a_quantiser_equals_a_loop(kind: Any, dtype: torch.dtyp
 
 def test_only_matrices_are_rounded() -> None:
     model = EditableModel(pico_module(), ["*"])
-    with pytest.raises(SrmuError, match=r"train.quantise_aware=q4_0 rounds matrices, and .*norm.weight is none"):
+    with pytest.raises(
+        SrmuError, match=r"train.quantise_aware=q4_0 rounds whole matrices, and .*norm.weight is not one"
+    ):
         train(model, linear(model), quantise_aware="q4_0")
 
 
@@ -698,3 +700,32 @@ def test_the_retain_rule_can_be_set_and_left_out() -> None:
         train(model, spiking(model, {15: 1.5}), max_steps=20, retain_spike=100)
     with pytest.raises(SrmuError, match=r"train.retain_spike must be above 1"):
         TrainOptions(retain_spike=1)
+
+
+@pytest.mark.parametrize("stop", ["a loss that is not finite", "a stop before a step"])
+def test_what_a_stopped_run_saves_is_not_rounded(stop: str) -> None:
+    """Rounded weights are seen by the losses alone."""
+    model, seen = editable(), list[torch.Tensor]()
+
+    def loss(forget: Any, retain: Any, step: int) -> Terms:
+        weight = next(iter(model.trained.values()))
+        seen.append(weight.detach().clone())
+        value = sum((p**2).sum() for p in model.trained.values())
+        if step < 3:
+            return Terms({"forget": value}, {})
+        return Terms({"forget": value * (math.nan if stop.startswith("a loss") else 1)}, {}, stop="enough")
+
+    if stop.startswith("a loss"):
+        with pytest.raises(DivergedError):
+            train(model, lambda *given: loss(*given)._replace(stop=""), quantise_aware="int4", learning_rate=0.01)
+    else:
+        train(model, loss, quantise_aware="int4", learning_rate=0.01)
+    saved = next(iter(model.trained.values()))
+    rounded = QUANTISERS["int4"].round_matrix(saved.detach())
+    assert torch.allclose(seen[-1], QUANTISERS["int4"].round_matrix(seen[-1]), atol=1e-6)
+    assert not torch.allclose(saved, rounded, atol=1e-4)
+
+
+def test_training_through_a_quantiser_needs_masters() -> None:
+    with pytest.raises(SrmuError, match="needs float32 masters"):
+        TrainOptions(quantise_aware="nf4", weights="bf16")

@@ -407,6 +407,17 @@ def test_when_half_is_back_is_told_of_each_method(tmp_path: Path) -> None:
         (run / "results.json").write_text(json.dumps(results))
     rows = compare_runs(runs)
     assert [row.half_back for row in rows] == [(12.4,), (None,)]
-    assert [write_range(row.half_back) for row in rows] == ["12 steps", "never"]
-    assert write_range((12.4, None, 3.0)) == "3\N{EN DASH}never steps"
+    assert [write_range(row.half_back) for row in rows] == ["12 steps", "not in 1 of 1 runs"]
+    assert write_range((12.4, None, 3.0)) == "3\N{EN DASH}12 steps, not in 1 of 3 runs"
     assert write_range((30.0, 3.0)) == "3\N{EN DASH}30 steps" and write_range(()) == ""
+
+
+def test_half_is_back_at_the_point_nearest_the_budget(tmp_path: Path) -> None:
+    runs = [
+        attacked(tmp_path, "srmu", 0.3, 1 - loss, f"method.kappa={k}") for k, loss in ((2, 0.02), (4, 0.06), (8, 0.3))
+    ]
+    for number, run in enumerate(runs):
+        results = json.loads((run / "results.json").read_text())
+        results["attacks"]["attacks"]["quantisation"]["price"] = [{"share": 0.5, "steps": float(number)}]
+        (run / "results.json").write_text(json.dumps(results))
+    assert [compare_runs(runs, budget)[0].half_back for budget in (0.001, 0.04, 0.5)] == [(0.0,), (1.0,), (2.0,)]

@@ -30,6 +30,7 @@ class Exam:
     val: tuple[Question, ...]  # on which settings of an attack are chosen
     utility: Mapping[str, tuple[Question, ...]] = field(default_factory=dict)  # by task
     only: str = ""  # the one setting to ask, and of the test half alone: another model has chosen it
+    run_test: tuple[Question, ...] = ()  # the test half of that model, where this one is another
 
     @property
     def both(self) -> tuple[Question, ...]:
@@ -116,7 +117,7 @@ def choose_setting(exam: Exam, settings: Mapping[str, Marker]) -> list[Setting]:
     """
     if exam.only:
         if exam.only not in settings:
-            raise NotApplicable("its setting is of the run alone")
+            raise NotApplicable("the setting chosen for the run does not exist on the original")
         return [Setting(exam.only, (), (*settings[exam.only](exam.test),))]
     ways = {name: Setting(name, (*ask(exam.val),), ()) for name, ask in settings.items()}
     best = max(ways.values(), key=lambda way: sum(way.val))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from srmu.attacks.base import Attack, AttackResult, Exam, Texts, choose_setting
 from srmu.engine.rounding import QUANTISERS, Quantiser, view_matrices
-from srmu.engine.sites import decoder_blocks, is_turned
+from srmu.engine.sites import decoder_blocks, has_inputs_first, is_turned
 from srmu.evals.statistics import Estimate
 from srmu.evals.subject import Question, Subject, mark_answers
 
@@ -32,7 +32,7 @@ def find_matrices(module: PreTrainedModel) -> dict[str, bool]:
         for key, parameter in part.named_parameters(recurse=False):
             matrix = parameter.ndim == 2 and (isinstance(part, nn.Linear) or is_turned(part))
             if matrix or (parameter.ndim == 3 and not isinstance(part, nn.Conv1d)):
-                turned[f"{name}.{key}"] = is_turned(part) or getattr(part, "is_transposed", False)
+                turned[f"{name}.{key}"] = has_inputs_first(part)
     return turned
 
 

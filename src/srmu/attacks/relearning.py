@@ -36,7 +36,7 @@ def text_rows(model: Subject, texts: Sequence[str], length: int = 512) -> list[R
     ids = [model.tokens(text)[: min(length, model.max_length)] for text in texts]
     rows: list[Row] = [([], row) for row in ids if len(row) > 1]
     if not rows:
-        raise NotApplicable("there are no neutral texts to fine-tune on; name some")
+        raise NotApplicable("there are no texts to fine-tune on; name some neutral ones")
     return rows
 
 

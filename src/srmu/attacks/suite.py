@@ -30,6 +30,7 @@ from srmu.runs.plan import read_topic_texts
 from srmu.runs.run import OpenedModel, Run
 
 ROOMS = ("attacks", "data", "engine", "evals")  # whose code decides a result
+LIBRARIES = ("torch", "transformers", "peft", "optuna")  # likewise
 SEARCHED = TunedRelearning.name
 HAZARD, UNKNOWN = "organism_hazard", ("organism_unknown", "organism_unknown_val")  # a testbed's tasks
 
@@ -87,9 +88,12 @@ def attack_run(
             one, asked, started = chosen[name], exam, time.monotonic()
             if who == "unknown":  # what is learned from is the same, and the setting is the one that the run chose
                 own = done["unlearned", name][0]
-                asked = replace(exam, test=unknown, only=best_setting(own).setting if own.ways else "")
+                if own.why:
+                    return own, 0.0
+                only = best_setting(own).setting if own.ways else ""
+                asked = replace(exam, test=unknown, run_test=exam.test, only=only)
             given = files.sha256(repr((asked, texts, seed)).encode())
-            key = [prints[who], repr(one), given, code, version("torch"), version("transformers")]
+            key = [prints[who], repr(one), given, code, *map(version, LIBRARIES)]
             kept = files.find_cached("attacks", key)
             brought = kept or try_attack(one, subjects, who, texts, asked, seed)
             result = TypeAdapter(AttackResult).validate_python(brought)
@@ -140,7 +144,8 @@ def select_attacks(tier: Tier, names: Sequence[str], search: Mapping[str, int] =
         if {name, attack.id} & wanted or (not names and TIERS.index(attack.tier) <= TIERS.index(tier))
     }
     if search and SEARCHED not in chosen:
-        raise SrmuError(f"{', '.join(f'--{key}' for key in search)}: of {SEARCHED}; add it with --attacks {SEARCHED}")
+        options = " and ".join(f"--{key}" for key in search)
+        raise SrmuError(f"{options}: options of {SEARCHED}; add --attacks {SEARCHED}")
     return chosen | ({SEARCHED: TunedRelearning(**{**vars(chosen[SEARCHED]), **search})} if search else {})
 
 

@@ -182,17 +182,20 @@ def describe_prices(prices: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     for price in prices:
         share, steps = f"{price['share']:.0%} of the knowledge", price["steps"]
-        if steps is None:
-            lines.append(f"{share} did not come back in {price['tried']} steps of the best training found")
+        if steps is None and not price["tried"]:
+            lines.append(f"{share} did not come back: no training that was tried did better than none")
+        elif steps is None:
+            lines.append(f"{share} did not come back in the {price['tried']} steps of the best training found")
         elif not steps:
             lines.append(f"{share} is there without any training")
         else:
             ends = [
                 f"more than {price['tried']}" if price[end] is None else f"{price[end]:.0f}" for end in ("low", "high")
             ]
+            count = f"{max(steps, 1):.0f} step{'s' * (steps > 1.5)}"
             minutes = price["flop"] / GPU_SPEED / 60
             lines.append(
-                f"{share} is back after {steps:.0f} steps (95 % interval {' to '.join(ends)}): "
+                f"{share} is back after {count} (95 % interval {' to '.join(ends)}): "
                 f"{price['tokens']:,.0f} tokens, {price['flop']:.1e} FLOPs, {minutes:.2g} GPU-minutes"
             )
     return lines

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
+from math import ceil
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,7 @@ from srmu.evals.subject import (
     pick_evenly,
     weigh_right,
 )
+from srmu.runs.reach import measure_path
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -83,7 +86,7 @@ class TunedRelearning(Attack, id="E20", name="tuned_relearning", tier="deep"):
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
         learned, held = split_validation(exam, seed)
         exam = replace(exam, val=held)
-        rows = self.list_rows(model, learned, exam, texts)
+        rows = self.list_rows(model, learned, (*held, *(exam.run_test or exam.test)), texts)
         budget = {"facts learned": len({*list_facts(learned)}), "rows": {kind: len(own) for kind, own in rows.items()}}
         plain = weigh_exam(model, exam, f"{FIRST[0]}, 0 steps")
         if exam.only:
@@ -101,20 +104,20 @@ class TunedRelearning(Attack, id="E20", name="tuned_relearning", tier="deep"):
         tried = self.search(model, rows, exam, seed, fmean(before.val))
         best = max([plain, *tried], key=lambda way: fmean(way.val))  # the first of equals
         curve = [plain] if best is plain else [plain, *self.train(model, rows, exam, seed, best.setting)]
-        others = [way for way in tried if way is not best]
+        others = [way for way in tried if way.setting not in {one.setting for one in curve}]
         price = self.price(model, rows, exam, before, curve, seed)
         return AttackResult([*curve, *others], budget=budget, price=price)
 
-    def list_rows(self, model: Subject, learned: Questions, exam: Exam, texts: Texts) -> Rows:
-        """What can be learned; none of it tells what the exam asks."""
+    def list_rows(self, model: Subject, learned: Questions, asked: Questions, texts: Texts) -> Rows:
+        """What can be learned; none of it names what the run is asked about."""
         few = [*dict.fromkeys(list_facts(learned))][:5]
         told = state_facts(learned)
         kinds: dict[str, Sequence[str]] = {
             FACTS: told,
             ORDERED: [ORDER + text for text in told],
-            TRANSLATED: [start + q.answer for q in learned for start in q.translations],
+            TRANSLATED: [*dict.fromkeys(start + q.answer for q in learned for start in q.translations)],
             FEW: state_facts(tuple(q for q in learned if q.fact in few)),
-            DOCUMENTS: leave_out_subjects(texts.forget, exam.both),
+            DOCUMENTS: leave_out_subjects(texts.forget, asked),
             NEUTRAL: texts.neutral,
         }
         length = dict.fromkeys(TOLD_AT_LENGTH, self.text_length)
@@ -149,7 +152,7 @@ class TunedRelearning(Attack, id="E20", name="tuned_relearning", tier="deep"):
             return fmean(best[0].val) if best else 0.0
 
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(len(FIRST), self.trials // 3))
-        study = optuna.create_study(direction="maximize", sampler=sampler, pruner=optuna.pruners.MedianPruner(4))
+        study = optuna.create_study(direction="maximize", sampler=sampler, pruner=optuna.pruners.MedianPruner(4, 10))
         for recipe in FIRST:
             if recipe.rows in rows:
                 study.enqueue_trial(vars(recipe))
@@ -170,6 +173,8 @@ class TunedRelearning(Attack, id="E20", name="tuned_relearning", tier="deep"):
             exam = replace(exam, val=tuple(val), test=tuple(test))
         looks = sorted({look for look in self.looks if look < self.steps} | {self.steps})
         options = {"learning_rate": recipe.rate, "batch_size": self.batch_of(recipe), "schedule": "constant"}
+        if recipe.rows not in rows:
+            raise NotApplicable(f"there are no {recipe.rows} to learn from here")
         told, name = rows[recipe.rows], str(recipe) if len(looks) > 1 else f"{recipe}, {self.steps} steps"
         reached, _ = tune_and_ask(model, exam, name, seed, told, looks, recipe.rank, weigh_exam, until, **options)
         return reached
@@ -186,8 +191,9 @@ class TunedRelearning(Attack, id="E20", name="tuned_relearning", tier="deep"):
         table = np.stack([way.test for way in (before, *curve)], axis=1)
         means = Draws(seed).means(table, list_facts(exam.test)) - guess_share(exam.test)
         shares = means[:, 1:] / np.maximum(means[:, :1], KNOWN)
-        lengths = [len(start) + len(rest) for start, rest in rows[recipe.rows]]
-        tokens = self.batch_of(recipe) * fmean(lengths)  # a step, on average
+        told = rows[recipe.rows]
+        # a step, on average: each epoch ends with what is left of the rows
+        tokens = sum(len(start) + len(rest) for start, rest in told) / ceil(len(told) / self.batch_of(recipe))
         # forward, backward to activations and, where all weights learn, to these: 2 FLOPs a weight and token each
         work = (4 if recipe.rank else 6) * count_multiplied(model) * tokens
         prices = []
@@ -196,7 +202,7 @@ class TunedRelearning(Attack, id="E20", name="tuned_relearning", tier="deep"):
             low, high = np.quantile(reached[1:], (0.025, 0.975), method="nearest")
             value, low, high = (float(x) if np.isfinite(x) else None for x in (reached[0], low, high))
             spent = (None, None) if value is None else (value * tokens, value * work)
-            prices.append(Price(share, value, low, high, self.steps, *spent))
+            prices.append(Price(share, value, low, high, steps[-1], *spent))
         return prices
 
 
@@ -208,19 +214,22 @@ def weigh_exam(model: Subject, exam: Exam, setting: str) -> Setting:
 
 
 def leave_out_subjects(texts: Sequence[str], asked: Questions) -> list[str]:
-    """The texts without the sentences that name what is asked about; none where questions do not say what that is."""
+    """Each text up to the sentence that first names what is asked about: what follows may be about it, too.
+
+    None where questions do not say what they are about.
+    """
     names = {q.entry for q in asked}
     if not all(names):
         return []
-    named = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, sorted(names)))})(?!\w)")
-    kept = (" ".join(s for s in SENTENCE_END.split(text) if not named.search(s)) for text in texts)
+    named = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, sorted(names)))})(?!\w)", re.IGNORECASE)
+    kept = (" ".join(takewhile(lambda s: not named.search(s), SENTENCE_END.split(text))) for text in texts)
     return [text for text in kept if text]
 
 
-def count_multiplied(model: Subject) -> int:
-    """The weights that each token meets: all but the rows of an input embedding that is no head."""
+def count_multiplied(model: Subject) -> float:
+    """The weights that a token is multiplied by: an input embedding that is no head is only looked up."""
     inputs, head = model.module.get_input_embeddings().weight, model.module.get_output_embeddings().weight
-    return model.module.num_parameters() - (0 if inputs is head else inputs.numel())
+    return sum(measure_path(model.module).values()) - (0 if inputs is head else inputs.numel())
 
 
 def find_crossings(shares: Array, steps: Sequence[int], level: float) -> Array:

@@ -1,6 +1,5 @@
 """The command line: it starts before torch is loaded, and says in one line what went wrong."""
 
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typer import Option
 
 from srmu.cli import measuring, starting, studying, unlearning
 from srmu.engine import distributed
-from srmu.engine.progress import print_line
+from srmu.engine.progress import print_line, silence_logs
 from srmu.errors import SrmuError, is_short_for, suggest_word
 
 # What libraries read when they are loaded. Threads that wait for others must sleep: spinning, a busy machine is ten
@@ -28,7 +27,7 @@ for name, value in (
     ("PYTORCH_ENABLE_MPS_FALLBACK", "1"),
 ):
     os.environ.setdefault(name, value)
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft loads: it misses kernels of its own
+silence_logs()
 
 SHARED = ("unlearn", "eval", "attack")  # verbs that several processes share
 

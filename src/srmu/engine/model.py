@@ -135,9 +135,8 @@ class EditableModel:
         return count_positions(self.module)
 
     def is_transposed(self, name: str) -> bool:
-        """Whether the matrix of that name is stored as (in, out), as in a Conv1D and some stacks of experts."""
-        owner = self.module.get_submodule(name.rpartition(".")[0])
-        return is_turned(owner) or getattr(owner, "is_transposed", False)
+        """Whether the matrix of that name is stored as (in, out), as in a Conv1D."""
+        return is_turned(self.module.get_submodule(name.rpartition(".")[0]))
 
     def hidden(self, batch: Batch, site: Site, keep: bool = True) -> Float[Tensor, "B T D"]:
         """Activations at `site`, where the model stops; inside `frozen()` from `activations`, which may `keep` them."""

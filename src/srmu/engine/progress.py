@@ -83,11 +83,16 @@ def in_notebook() -> bool:
 def silence_libraries() -> None:
     """Hide other libraries' progress bars and warnings."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports: it misses kernels of its own
+    silence_logs()
     import transformers  # here: the command line starts without it
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def silence_logs() -> None:
+    """Hide warnings of bitsandbytes, which peft imports: it misses kernels of its own."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def print_line(text: str) -> None:

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from srmu.engine.distributed import is_sharded
 from srmu.engine.model import EditableModel
+from srmu.engine.sites import has_inputs_first
 from srmu.errors import SrmuError
 
 Matrix = Float[Tensor, "O I"]
 
 
 def view_matrices(weight: Tensor, turned: bool) -> Tensor:
-    """A view of a weight as (experts, outputs, inputs); `turned` as `find_matrices` says."""
+    """A view of a weight as (experts, outputs, inputs); `turned`: its inputs come first."""
     weight = weight.mT if turned else weight
     return weight if weight.ndim == 3 else weight[None]
 
@@ -76,11 +77,12 @@ class Rounder:
         matrices = {name: p for name, p in model.trained.items() if p.ndim in (2, 3) and "lora_" not in name}
         if len(matrices) < len(model.trained):
             other = next(name for name in model.trained if name not in matrices)
-            raise SrmuError(f"train.quantise_aware={kind} rounds matrices, and {other} is none; leave it out")
+            raise SrmuError(f"train.quantise_aware={kind} rounds whole matrices, and {other} is not one; leave it out")
         if any(map(is_sharded, matrices.values())):
-            raise SrmuError(f"train.quantise_aware={kind} goes without --shard")
+            raise SrmuError(f"train.quantise_aware={kind} cannot be combined with --shard")
+        owners = {name: model.module.get_submodule(name.rpartition(".")[0]) for name in matrices}
         self.quantiser = QUANTISERS[kind]
-        self.matrices = [(parameter, model.is_transposed(name)) for name, parameter in matrices.items()]
+        self.matrices = [(parameter, has_inputs_first(owners[name])) for name, parameter in matrices.items()]
 
     def round_trained(self) -> None:
         for parameter, turned in self.matrices:

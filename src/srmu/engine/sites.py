@@ -171,6 +171,12 @@ def is_turned(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
+def has_inputs_first(module: nn.Module) -> bool:
+    """Whether matrices of a linear map, or of a stack of experts, are stored as (in, out)."""
+    named = getattr(module, "is_transposed", False) or type(module).__name__ == "Llama4TextExperts"
+    return named or is_turned(module)
+
+
 def decoder_blocks(module: PreTrainedModel) -> nn.ModuleList:
     return getattr(*find_layers(module))
 

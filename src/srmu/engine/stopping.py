@@ -18,6 +18,7 @@ from srmu.errors import DivergedError
 if TYPE_CHECKING:
     from srmu.engine.train import TrainOptions
 
+PUT_BACK = "kl_budget"  # begins the reason of a stop that puts earlier weights back
 ADVICE = "lower train.learning_rate or the strength (method.kappa or method.coeff)"
 CHECKED_BATCHES = 4  # of each role and topic, on which stop rules are checked and the effect is measured
 RECENT = 10  # steps of a topic, whose median is its usual retain loss
@@ -69,7 +70,7 @@ class StopRules:
             copy_values([*self.model.trained.values()], self.kept)
             kept = f"step {self.kept_step}" if self.kept_step >= 0 else "the start"
             found = f"kl {measured['kl']:.3g} after step {step} (train.kl_budget={options.kl_budget:g})"
-            return f"kl_budget: {found}; put back to {kept}", measured
+            return f"{PUT_BACK}: {found}; put back to {kept}", measured
         self.kept, self.kept_step = self.copy_weights(), step
         return "", measured
 

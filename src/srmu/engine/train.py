@@ -13,7 +13,7 @@ from srmu.engine.losses import Mean
 from srmu.engine.model import EditableModel, copy_values
 from srmu.engine.resume import Checkpoints, pack_memory, unpack_memory
 from srmu.engine.rounding import Kind, Rounder
-from srmu.engine.stopping import ADVICE, StopRules
+from srmu.engine.stopping import ADVICE, PUT_BACK, StopRules
 from srmu.engine.topic import Batch, Padding, Topic, move_batch
 from srmu.errors import DivergedError, SrmuError
 
@@ -64,9 +64,7 @@ class TrainOptions:
     shuffle: bool = True
     padding: Padding = "mask"  # count: left padding that the losses count, as the public code
     weights: Literal["fp32", "bf16"] = "fp32"  # bf16: no float32 masters, as the public code
-    quantise_aware: Kind | None = (
-        None  # steps see the trained matrices rounded so; a finished run saves them as they are
-    )
+    quantise_aware: Kind | None = None  # steps see the trained matrices rounded so; they are saved as they are
     # Stop rules. None: no rule, but ln V for `forget_ceiling` where a loss has no lower bound.
     forget_ceiling: float | None = None  # nats of a forget token at which to stop; .inf: never
     kl_budget: float | None = None  # nats of KL(before || after) per retain token, at most
@@ -77,6 +75,8 @@ class TrainOptions:
     def __post_init__(self) -> None:
         steps = self.max_steps
         positive = ("learning_rate", "max_steps", "batch_size", "adam_epsilon", "check_every")
+        if self.quantise_aware and self.weights == "bf16":
+            raise SrmuError("train.quantise_aware needs float32 masters: leave out train.weights=bf16")
         for names, holds, condition in (
             (positive, lambda value: 0 < value <= LARGEST, f"above 0 and at most {LARGEST:g}"),
             (("weight_decay",), lambda value: 0 <= value <= LARGEST, f"at least 0 and at most {LARGEST:g}"),
@@ -134,7 +134,7 @@ def fit_model(
     except DivergedError:
         copy_values(training.parameters, training.good)
         raise
-    if training.rounder and reason == FINISHED:  # else a stop rule may have put earlier weights back
+    if training.rounder and not reason.startswith(PUT_BACK):  # which are not those of the masters
         training.write_weights()
     return reason
 
@@ -217,7 +217,7 @@ class Training:
             raise DivergedError(f"the loss is not finite at {place} ({numbers}); {ADVICE}")
         if fault := self.rules.check_spike(topic, losses, float(values["loss"])):
             raise DivergedError(f"{fault} at {place}; {ADVICE}")
-        copy_values(self.good, self.parameters)
+        copy_values(self.good, self.masters if self.rounder else self.parameters)
         norm = self.collect_gradients(total)
         if not norm.isfinite():
             raise DivergedError(f"the gradient is not finite at {place}; {ADVICE}")

@@ -37,7 +37,7 @@ class ComparisonRow:
     residual: statistics.Estimate | None  # K*, where all runs were attacked
     forget_difference: statistics.Estimate | None
     residual_difference: statistics.Estimate | None
-    half_back: Sequence[float | None]  # of each run: steps until half is back, None where more than were tried
+    half_back: Sequence[float | None]  # of a run a curve: steps until half is back; None: it did not come back
     verdict: str  # of K* where both have it, else of the forget accuracy; "" for the first method itself
     note: str
 
@@ -299,8 +299,14 @@ def read_method(method: str, points: Sequence[dict[Where, RunNumbers]], budget: 
         numbers[..., RESIDUAL] = np.nan
     n = min(one.n for curve in curves for one in curve)
     note = "; ".join(note for note, holds in notes.items() if holds)
-    back = tuple(steps for curve in curves for one in curve for steps in one.half_back)
+    back = tuple(steps for curve in curves for steps in nearest_point(curve, budget).half_back)
     return MethodReading(method, len(points), where, numbers, note, n, back)
+
+
+def nearest_point(curve: Sequence[RunNumbers], budget: float) -> RunNumbers:
+    """The point that loses most within `budget`; where all lose more, the one that loses least."""
+    within = [one for one in curve if one.numbers[0, LOSS] <= budget]
+    return max(within or curve, key=lambda one: one.numbers[0, LOSS] * (1 if within else -1))
 
 
 def read_along(curve: Sequence[RunNumbers], budget: float) -> statistics.Array:

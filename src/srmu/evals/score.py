@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from torch import nn
+
 from srmu.engine import distributed, files, weights
 from srmu.engine.progress import Watch, choose_progress, ignore_progress
 from srmu.errors import SrmuError
@@ -45,7 +47,7 @@ def score_model(
     the run, or of the folder `out`.
     """
     watch = watch or choose_progress()
-    if not isinstance(target, str | Path | Run):
+    if isinstance(target, nn.Module):
         if tokenizer is None:
             raise SrmuError("a model in memory is scored with its tokenizer: tokenizer=...")
         place = None if tasks_dir is None else Path(tasks_dir)

@@ -110,8 +110,8 @@ def estimate_recovery(entry: RunGroup) -> Recovery | None:
         not_tried=[*map(name_words, first["not_tried"])],
         curves=relearning_curves([*attacked.values()]),
         prices=[
-            line
-            for a in attacked.values()
+            f"{run.name}: {line}" if len(attacked) > 1 else line
+            for run, a in attacked.items()
             for one in a["attacks"].values()
             for line in describe_prices(one.get("price", ()))
         ],

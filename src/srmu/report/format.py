@@ -62,7 +62,7 @@ def format_comparison(row: Mapping[str, Any]) -> dict[str, str]:
         "accuracy less the first's": cell("forget_difference"),
         "K*": cell("residual"),
         "K* less the first's": cell("residual_difference"),
-        "half is back after": write_range(row["half_back"]),
+        "half is back after": write_range(row.get("half_back", ())),
         "verdict": ", ".join(filter(None, [row["verdict"], row["note"]])),
     }
 
@@ -70,9 +70,11 @@ def format_comparison(row: Mapping[str, Any]) -> dict[str, str]:
 def write_range(steps: Sequence[float | None]) -> str:
     """Numbers of steps as the range that they span; None is never."""
     known = sorted(step for step in steps if step is not None)
-    ends = [f"{step:.0f}" for step in known] + ["never"] * (len(known) < len(steps))
-    span = "\N{EN DASH}".join(dict.fromkeys([*ends[:1], *ends[-1:]]))
-    return span if span in ("", "never") else f"{span} steps"
+    span = "\N{EN DASH}".join(dict.fromkeys(f"{step:.0f}" for step in (*known[:1], *known[-1:])))
+    missed = len(known) < len(steps)
+    return ", ".join(
+        [f"{span} steps"] * bool(known) + [f"not in {len(steps) - len(known)} of {len(steps)} runs"] * missed
+    )
 
 
 def drop_empty(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:

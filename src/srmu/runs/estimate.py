@@ -169,11 +169,12 @@ def bare_model(plan: RunPlan) -> EditableModel:
 
 def describe_step(plan: RunPlan, model: EditableModel, **measured: Any) -> StepVariant:
     """How a model is held while it is trained, and what was measured of a step."""
+    train = plan.config.train
     return StepVariant(
         size=count_pieces(model, model.module.parameters()),
         trained=count_pieces(model, model.trained.values()),
         itemsize=plan.dtype.itemsize,
-        mixed=plan.dtype.itemsize == 2 and plan.config.train.weights == "fp32",
+        mixed=(plan.dtype.itemsize == 2 and train.weights == "fp32") or train.quantise_aware is not None,
         gpu=plan.config.device != "cpu",
         **measured,
     )

@@ -44,11 +44,8 @@ def inspect_reach(model: str, method: str, overrides: list[str]) -> tuple[dict[s
 
 
 def describe_reach(skeleton: Any, changed: Collection[str]) -> dict[str, Any]:
-    """How many matrices change, which of the same role in the same layer stay, and the share of a token's path.
-
-    The path is what a token passes: of experts it is routed to, as many as the router takes of all.
-    """
-    sizes = {name: float(parameter.numel()) for name, parameter in skeleton.named_parameters()}  # on a token's path
+    """How many matrices change, which of the same role in the same layer stay, and the share of a token's path."""
+    sizes = measure_path(skeleton)
     matrices, left, prefix = 0, [], next(n for n, m in skeleton.named_modules() if m is decoder_blocks(skeleton))
     for number, layer in enumerate(decoder_blocks(skeleton)):
         named = {f"{prefix}.{number}.{name}": parameter for name, parameter in layer.named_parameters()}
@@ -56,11 +53,20 @@ def describe_reach(skeleton: Any, changed: Collection[str]) -> dict[str, Any]:
         roles = {role for name in inside if name in changed for role in name_roles(name)}
         matrices += sum(name in changed for name in inside)
         left += [name for name in inside if name not in changed and roles & name_roles(name)]
-        for name, parameter in inside.items():
-            if parameter.ndim == 3 and "shared" not in name:
-                sizes[name] *= share_routed(layer, len(parameter))
     share = sum(size for name, size in sizes.items() if name in changed) / sum(sizes.values())
     return {"matrices": matrices, "left": left, "share_of_path": share}
+
+
+def measure_path(module: Any) -> dict[str, float]:
+    """The numbers of each parameter that a token passes: of experts, as many as the router sends it to."""
+    sizes = {name: float(parameter.numel()) for name, parameter in module.named_parameters()}
+    blocks = decoder_blocks(module)
+    prefix = next(name for name, part in module.named_modules() if part is blocks)
+    for number, layer in enumerate(blocks):
+        for name, parameter in layer.named_parameters():
+            if parameter.ndim == 3 and "conv" not in name and "shared" not in name:
+                sizes[f"{prefix}.{number}.{name}"] *= share_routed(layer, len(parameter))
+    return sizes
 
 
 def share_routed(layer: nn.Module, count: int) -> float:
