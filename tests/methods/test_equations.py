@@ -324,6 +324,14 @@ def test_without_first_skips_over_uncounted_tokens() -> None:
     assert torch.equal(without_first(mask), expected)
 
 
+def test_the_first_token_of_an_answer_is_no_first_token() -> None:
+    """Of a prompt with an answer only the answer counts, and none of it is the sink."""
+    mask = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 1], [1, 1, 0, 0], [0, 0, 1, 1]]).bool()
+    read = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1]])  # the last is padded on the left
+    expected = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 1]]).bool()
+    assert torch.equal(without_first(mask, read), expected)
+
+
 # --- losses --------------------------------------------------------------------------------------
 
 MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]).bool()

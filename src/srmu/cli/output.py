@@ -50,9 +50,13 @@ def next_command(*words: object) -> str:
 
 
 def next_for_model(model: object, *more: object) -> str:
-    """The command that makes a model unlearn; for a model that was exported from a run, the one that verifies it."""
-    if (Path(str(model)) / EXPORTED).is_file():
+    """The command that makes a model unlearn; for one that was exported from a run, that verifies or asks it."""
+    folder = Path(str(model))
+    if (folder / EXPORTED).is_file():
         return next_command("verify", model)
+    card = (folder if folder.is_dir() else folder.parent) / "README.md"
+    if card.is_file() and "- unlearning\n" in card.read_text(encoding="utf-8", errors="replace")[:2000]:  # rounded
+        return next_command("ask", model, "PROMPT")
     return next_command("unlearn", "--model", model, "--forget", "F", "--retain", "R", *more)
 
 

@@ -73,6 +73,8 @@ def choose_config(args: list[str], model: str, forget: list[str], retain: list[s
     from srmu.runs.config import load_config, make_config
 
     file = args[0] if args and ("=" not in args[0] or Path(args[0]).is_file()) else ""
+    if file and Path(file).is_dir():
+        raise SrmuError(f"{file} is a folder: name a config file, or a model with --model {file} --forget F --retain R")
     if file and (forget or retain) and Path(file).suffix not in (".yaml", ".yml"):
         if args[1:2] == ["="]:
             raise SrmuError(
@@ -236,6 +238,7 @@ def print_quantised(run: "Run", out: Path, kind: str, last_good: bool, as_json: 
 
 def print_adapter(run: "Run", out: Path, error: float, last_good: bool, as_json: bool) -> None:
     """Write a run's change as an adapter, and say how near it comes."""
+    from srmu.engine.text_part import find_loader
     from srmu.runs.adapter import export_adapter
 
     found = export_adapter(run, out, error, last_good=last_good)
@@ -246,6 +249,7 @@ def print_adapter(run: "Run", out: Path, error: float, last_good: bool, as_json:
     lines = [
         f"{found['numbers']:,} numbers, which leave out {found['logits']:.1%} of what the run does to logits",
         f"wrote {out}, which goes with the model {run.config.model}",
-        f"next: PeftModel.from_pretrained(base, {str(out)!r}), or a server that takes adapters",
+        f"next: base = {find_loader(run.base).__name__}.from_pretrained({str(run.base)!r})",
+        f"      PeftModel.from_pretrained(base, {str(out)!r}), or a server that takes adapters",
     ]
     output.print_result({"out": str(out), **found}, as_json, *lines, table=rows)

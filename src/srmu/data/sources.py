@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from srmu.data.rows import KNOWN, TEXT, join_counted, read_cell, read_text, take_row
+from srmu.data.rows import CHATS, KNOWN, TEXT, join_counted, read_cell, read_text, take_row
 from srmu.engine.files import find_paths
 from srmu.errors import SrmuError, first_line, suggest_word
 
@@ -141,7 +141,9 @@ def read_row(source: Source, row: Any, place: str) -> list[str]:
     if source.template is None:
         if source.column == TEXT and isinstance(row, dict) and row.get(TEXT) is None:
             held = {column: value for column, value in row.items() if value is not None}
-            if text := take_row(held, place, plain=source.plain):
+            # a cell of a table that is empty; what makes no kind of row without it is missed
+            filled = held | {column: "" for column, value in row.items() if value is None and column not in CHATS}
+            if text := take_row(held, place, plain=source.plain) or take_row(filled, place, plain=source.plain):
                 if source.wrap:
                     raise SrmuError(f"{place}: wrap would part answers from their questions; leave it out")
                 return [text]

@@ -42,7 +42,11 @@ def read_config(folder: Path) -> Any:
     import transformers
 
     if not (folder / "config.json").is_file():
-        raise SrmuError(f"model folder {folder} has no config.json; name a Hugging Face model")
+        files = sorted(folder.glob("*.gguf"))
+        if (folder / "record.json").is_file():
+            raise SrmuError(f"{folder} is a run, not a model: srmu export {folder} OUT writes its model")
+        meant = f"the GGUF file in it: {files[0]}" if len(files) == 1 else "a Hugging Face model"
+        raise SrmuError(f"model folder {folder} has no config.json; name {meant}")
     if (folder / ADAPTER).is_file():  # transformers would put it on top, unsaid
         mend = f"merge it (merge_and_unload) into a folder of its own, or take {ADAPTER} out"
         raise SrmuError(f"model folder {folder} holds an adapter beside the model: {mend}")
@@ -104,12 +108,16 @@ def choose_dtype(folder: Path, device: str, dtype: str = "auto") -> str:
 
     So it is on a processor that does not compute in bfloat16, if the model then takes at most half of the memory.
     """
-    if dtype != "auto" or device != "cpu" or not is_there(folder):
+    if dtype != "auto" or device != "cpu" or not is_there(folder) or computes_bf16():
         return dtype
+    return "float32" if widens_within(folder) else dtype
+
+
+def widens_within(folder: Path) -> bool:
+    """Whether a 16-bit model takes at most half of the memory in float32; False where none of it has 16 bits."""
     entries = [one for one in stored_entries(folder).values() if one["dtype"] in ("BF16", "F16")]
     size = sum(one["data_offsets"][1] - one["data_offsets"][0] for one in entries)
-    fits = 2 * size <= psutil.virtual_memory().total / 2
-    return "float32" if entries and fits and not computes_bf16() else dtype
+    return bool(entries) and 2 * size <= psutil.virtual_memory().total / 2
 
 
 def load_pretrained(folder: Path, loader: Any = None, **options: Any) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 
@@ -64,9 +64,12 @@ def is_predicted(labels: Int[Tensor, "B T"]) -> Bool[Tensor, "B S"]:
     return is_counted(labels[:, 1:])
 
 
-def without_first(mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-    """The mask less the first counted token of each row, an attention sink whose norm would dominate any mean."""
-    return mask & (mask.cumsum(dim=1) > 1)
+def without_first(mask: Bool[Tensor, "B T"], read: Shaped[Tensor, "B T"] | None = None) -> Bool[Tensor, "B T"]:
+    """The mask less the first token of each row, an attention sink whose norm would dominate any mean.
+
+    `read`: the tokens that the model reads, where a row may begin with some that do not count.
+    """
+    return mask & ((mask if read is None else mask | read.bool()).cumsum(dim=1) > 1)
 
 
 def token_mean(values: Float[Tensor, "B T *D"], mask: Bool[Tensor, "B T"]) -> Mean:

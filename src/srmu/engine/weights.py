@@ -54,6 +54,9 @@ def locate_model(model: str, revision: str | None = None) -> Path:
         if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
             return merge_adapter(folder, locate_model)
         return convert_gguf(folder) if gguf else dequantise_folder(require_utf8(folder))
+    if folder.suffix == ".gguf" or folder.is_file():
+        what = "not a model" if folder.is_file() else "no such file"
+        raise SrmuError(f"model {model}: {what}; name a folder, a .gguf file or a hub id")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise SrmuError(f"model {model}: no such folder, and not a hub id like owner/name")
     from huggingface_hub import snapshot_download

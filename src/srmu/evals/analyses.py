@@ -144,7 +144,7 @@ def measure_cosines(
     """Each token's cosine with a vector: `before`, `after`, and that of its `displacement` where it moved."""
     cosines: dict[str, list[Tensor]] = {"before": [], "after": [], "displacement": []}
     for batch in batches:
-        mask = losses.without_first(losses.is_counted(batch["labels"])).to(model.device)
+        mask = losses.without_first(losses.is_counted(batch["labels"]), batch["attention_mask"]).to(model.device)
         batch = train.move_batch(batch, model.device)
         with model.frozen():
             before = model.hidden(batch, site, keep=False)[mask].float()
@@ -189,7 +189,7 @@ def measure_layer(
     generator = torch.Generator().manual_seed(SEED)
     ratios = []
     for batch in batches:
-        mask = losses.without_first(losses.is_counted(batch["labels"])).to(model.device)
+        mask = losses.without_first(losses.is_counted(batch["labels"]), batch["attention_mask"]).to(model.device)
         inputs = train.move_batch({k: batch[k] for k in ("input_ids", "attention_mask")}, model.device)
 
         def add_noise(hidden: Tensor, mask: Tensor = mask) -> Tensor:

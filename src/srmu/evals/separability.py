@@ -130,7 +130,7 @@ def measure_separability(
 
 def draw_sample(name: str, batches: list[Batch], tokens: int, generator: torch.Generator) -> Sample:
     """Choose `tokens` tokens at random, never the first of a document."""
-    masks = [losses.without_first(losses.is_counted(batch["labels"])) for batch in batches]
+    masks = [losses.without_first(losses.is_counted(batch["labels"]), batch["attention_mask"]) for batch in batches]
     flat = torch.cat([torch.zeros(0, dtype=torch.bool), *(mask.flatten() for mask in masks)])
     places = flat.nonzero()[:, 0]
     kept = torch.zeros_like(flat)

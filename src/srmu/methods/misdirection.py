@@ -180,7 +180,7 @@ class Misdirection(Objective):
     def measured_tokens(self, batch: Batch) -> Tensor:
         """The tokens of a batch whose activations enter means and norms, (B, T)."""
         mask = is_counted(batch["labels"])
-        return without_first(mask) if self.skip_first else mask
+        return without_first(mask, batch.get("attention_mask")) if self.skip_first else mask
 
     def frozen_sums(self, model: EditableModel, batches: Sequence[Batch], keep: bool = True) -> Iterator[Tensor]:
         """The sums that statistics need of the original's activations; `keep`: whether later steps need these too."""

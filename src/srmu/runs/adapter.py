@@ -13,11 +13,19 @@ from torch import Tensor, nn
 from srmu.engine import weights
 from srmu.engine.converted import ADAPTED, put_adapter, refuse_strays
 from srmu.engine.files import whole_folder
-from srmu.engine.loading import build_skeleton, load_pretrained, read_config, sample_logits
+from srmu.engine.loading import (
+    build_skeleton,
+    choose_dtype,
+    load_module,
+    load_pretrained,
+    read_config,
+    sample_logits,
+    widens_within,
+)
 from srmu.engine.sites import is_linear, is_turned
 from srmu.engine.text_part import rename_to_whole
 from srmu.errors import SrmuError
-from srmu.runs.run import Run, open_target
+from srmu.runs.run import Run
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,9 @@ def write_adapter(run: Run, parts: Mapping[str, Factors], turned: bool, folder: 
     from peft import LoraConfig
 
     ranks = {name: part.rank for name, part in parts.items()}
-    local = Path(run.config.model).expanduser().exists()  # a GGUF file or an adapter is a folder in the cache
+    model = Path(run.config.model).expanduser()
+    # of a GGUF file or an adapter the name alone: what was made of it lies in this machine's cache
+    base = str(run.base) if model.resolve() == run.base else model.name if model.exists() else run.config.model
     settings = LoraConfig(
         r=max(ranks.values()),
         lora_alpha=max(ranks.values()),
@@ -96,7 +106,7 @@ def write_adapter(run: Run, parts: Mapping[str, Factors], turned: bool, folder: 
         fan_in_fan_out=turned,
         task_type="CAUSAL_LM",
         inference_mode=True,
-        base_model_name_or_path=str(run.base) if local else run.config.model,
+        base_model_name_or_path=base,
         revision=run.config.revision,
     )
     settings.save_pretrained(str(folder))
@@ -108,13 +118,16 @@ def write_adapter(run: Run, parts: Mapping[str, Factors], turned: bool, folder: 
 
 
 def compare_logits(run: Run, folder: Path) -> float:
-    """How far logits of the base with the adapter are from the run's: a share of what the run changed of the base's."""
-    opened = open_target(run, "cpu")
-    with opened.after() as module:
-        expected = sample_logits(module, run.base)
-    options = {} if opened.dtype == "auto" else {"dtype": opened.dtype}
-    del module, opened  # two models at once may not fit into memory
-    both = put_adapter(load_pretrained(run.base, **options), folder)
+    """How far logits of the base with the adapter are from the run's: a share of what the run changed of the base's.
+
+    In float32, where that fits into memory: in bfloat16 rounding alone may be more than what is left out.
+    """
+    dtype = "float32" if widens_within(run.base) else choose_dtype(run.base, "cpu")
+    module = load_module(run.base, dtype).eval()
+    weights.apply_delta(module, *run.changes)
+    expected = sample_logits(module, run.base)
+    del module  # two models at once may not fit into memory
+    both = put_adapter(load_pretrained(run.base, **({} if dtype == "auto" else {"dtype": dtype})), folder)
     refuse_strays(folder, both)
     with both.disable_adapter():
         before = sample_logits(both, run.base)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from srmu.engine import weights
 from srmu.engine.loading import read_config
+from srmu.engine.progress import print_line
 from srmu.errors import SrmuError
 from srmu.runs.plan import load_tokenizer
 from srmu.runs.run import Run
@@ -62,7 +63,12 @@ def choose_type(name: str, width: int, kind: str, otherwise: Any) -> Any:
     import gguf
 
     target = gguf.GGMLQuantizationType[kind.upper()]
-    return target if ROUNDED.fullmatch(name) and width % gguf.GGML_QUANT_SIZES[target][0] == 0 else otherwise
+    if not ROUNDED.fullmatch(name):
+        return otherwise
+    if width % gguf.GGML_QUANT_SIZES[target][0]:
+        print_line(f"{name} is not rounded: its rows of {width} numbers are no multiple of a block")
+        return otherwise
+    return target
 
 
 def place_changes(run: Run, reader: Any, arch: str) -> dict[str, Tensor]:

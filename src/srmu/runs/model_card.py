@@ -33,7 +33,7 @@ def write_model_card(record: dict[str, Any], rounded: str = "") -> str:
     """The `README.md` of an export: the hub's metadata, then the record's page; see `summarise_record`."""
     base = Path(record["base"]["id"])
     results = []
-    for name, entry in record["results"].get("after", {}).items():
+    for name, entry in {} if rounded else record["results"].get("after", {}).items():  # of the model as it is here
         task, _, metric = name.partition("/")
         kind = "text-generation" if task == REPETITION else "multiple-choice"
         results.append(EvalResult(kind, task, task, metric, entry["value"]))

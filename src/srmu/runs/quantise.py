@@ -29,6 +29,7 @@ KINDS = ("q4_0", "q8_0", "nf4", "fp8")
 LIBRARIES = {"q4_0": "gguf", "q8_0": "gguf", "nf4": "bitsandbytes"}  # beside those that are always here
 BATCHES = 2  # of each role and topic, on which rounding is measured
 BLOCKS = (128, 64, 32, 16)  # rows and columns that share a scale in FP8: the first that divides all sizes
+NF4_SIDE = 64  # what divides both sides of a matrix that bitsandbytes computes with on a processor
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -56,8 +57,9 @@ def export_quantised(
     place = out if name == folder.name else out / name
     try:
         return place, compare_costs(run, place, watch)
-    except SrmuError as error:  # such as texts that are gone, or a file that transformers cannot read
-        print_line(f"what rounding does was not measured: {error}")
+    except (SrmuError, OSError, ValueError, RuntimeError, AssertionError) as error:
+        # such as texts that are gone, or a file that a library cannot read
+        print_line(f"what rounding does was not measured: {first_line(error)}")
         return place, {}
 
 
@@ -100,7 +102,12 @@ def write_nf4(run: Run, kind: str, folder: Path) -> Path:
 
     with TemporaryDirectory(dir=folder.parent) as scratch:
         full = run.export(Path(scratch) / "full", last_good=True)
-        _, others = list_maps(load_pretrained(full), kind)
+        module = load_pretrained(full)
+        chosen, others = list_maps(module, kind)
+        sizes = sorted({size for name in chosen for size in module.get_submodule(name).weight.shape})
+        if odd := [size for size in sizes if size % NF4_SIDE]:
+            raise SrmuError(f"--quantise {kind}: bitsandbytes takes sides that {NF4_SIDE} divides, not {odd}")
+        del module
         settings = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=kind,

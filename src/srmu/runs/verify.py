@@ -26,7 +26,7 @@ def find_record(folder: Path) -> Path:
         Run.open(folder)  # says how to finish it
     raise SrmuError(
         f"{folder} holds no record ({audit.RECORD} of a run, {weights.EXPORTED} of an export): "
-        "name the folder of a run, or one that srmu export wrote"
+        "name the folder of a run, or of a whole export; a rounded model or an adapter is checked by its run"
     )
 
 
