@@ -9,7 +9,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from helpers.models import Call, save_pico, texts, write_jsonl
+from helpers.gguf_files import write_gguf
+from helpers.models import Call, pico_module, save_pico, texts, word_tokenizer, write_jsonl
 from srmu.errors import SrmuError
 from srmu.runs.adapter import export_adapter, factor_change
 from srmu.runs.config import make_config
@@ -46,6 +47,28 @@ def test_base_and_adapter_are_the_run(arch: str, tmp_path: Path) -> None:
         torch.testing.assert_close(logits(both), before)
     assert found["logits"] < 1e-2
     assert len(found["modules"]) == len(run.delta)
+
+
+def test_what_is_left_out_is_measured_beyond_rounding(tmp_path: Path) -> None:
+    """Of a bfloat16 model a small change is nearly lost in the rounding of logits; it is measured in float32."""
+    module = pico_module(dtype=torch.bfloat16)
+    module.save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    files = [write_jsonl(tmp_path / f"{role}.jsonl", texts(8, seed)) for seed, role in enumerate(("f", "r"))]
+    options = ["method.layer=2", "train.max_steps=2", "train.learning_rate=0.001", f"runs_dir={tmp_path / 'runs'}"]
+    run = unlearn_config(make_config(str(tmp_path / "model"), *files, "srmu", options))
+    assert export_adapter(run, tmp_path / "out", 0.01)["logits"] < 0.03
+
+
+def test_the_adapter_of_a_gguf_file_names_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was made of the file lies on this machine alone."""
+    monkeypatch.setenv("SRMU_CACHE", str(tmp_path / "cache"))
+    write_gguf(tmp_path / "m.gguf", "llama")
+    files = [write_jsonl(tmp_path / f"{role}.jsonl", texts(8, seed)) for seed, role in enumerate(("f", "r"))]
+    options = ["method.layer=2", "train.max_steps=2", f"runs_dir={tmp_path / 'runs'}"]
+    run = unlearn_config(make_config(str(tmp_path / "m.gguf"), *files, "srmu", options))
+    export_adapter(run, tmp_path / "out", 0.5)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "m.gguf"
 
 
 def test_the_rank_is_the_lowest_that_keeps_the_error() -> None:

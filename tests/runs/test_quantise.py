@@ -14,11 +14,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from helpers import architectures
 from helpers.gguf_files import Q8, write_gguf
 from helpers.models import GROUPED, Call, save_pico, texts, write_jsonl
+from srmu.cli.output import next_for_model
 from srmu.engine.loading import load_pretrained
 from srmu.engine.weights import locate_model
 from srmu.errors import SrmuError
+from srmu.evals.results import merge_results, metric_rows
 from srmu.runs.config import make_config
-from srmu.runs.gguf_file import SPLITS, find_order
+from srmu.runs.gguf_file import SPLITS, choose_type, find_order
+from srmu.runs.model_card import write_model_card
 from srmu.runs.quantise import compare_costs, export_quantised, round_fp8
 from srmu.runs.run import Run, open_target, unlearn_config
 
@@ -333,3 +336,45 @@ def test_what_is_not_written_as_a_gguf_file(kind: str, line: str, tmp_path: Path
     with pytest.raises(SrmuError, match=line):
         export_quantised(run, tmp_path / "out", "q4_0")
     assert not (tmp_path / "out").exists()
+
+
+def test_sizes_that_bitsandbytes_cannot_compute_with(tmp_path: Path) -> None:
+    """Such a folder could be written, and would fail at its first use."""
+    pytest.importorskip("bitsandbytes")
+    run = make_run(tmp_path, save_pico(tmp_path / "model"))
+    with pytest.raises(SrmuError, match=r"bitsandbytes takes sides that 64 divides, not \[.*32"):
+        export_quantised(run, tmp_path / "out", "nf4")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_library_that_fails_to_measure_leaves_what_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("N must be divisible by block_n")
+
+    monkeypatch.setattr("srmu.runs.quantise.compare_costs", fail)
+    run = make_run(tmp_path, save_pico(tmp_path / "model"))
+    assert export_quantised(run, tmp_path / "out", "fp8") == (tmp_path / "out", {})
+    assert "what rounding does was not measured: N must be divisible" in capsys.readouterr().err
+
+
+def test_the_card_of_a_rounded_model(tmp_path: Path) -> None:
+    """It has no figures for machines to read, which are of the model before rounding, and no untrue word of bytes."""
+    run = make_run(tmp_path, save_pico(tmp_path / "model"))
+    merge_results(run.folder, metric_rows({"quiz/acc": {"value": 0.5, "n": 20}}, "after"))
+    run = Run.open(run.folder)
+    assert "model-index" in write_model_card(run.record)
+    card = write_model_card(run.record, "fp8")
+    assert "model-index" not in card and "all others are the base model's, rounded" in card
+    assert next_for_model(export_quantised(run, tmp_path / "out", "fp8")[0]).startswith("next: srmu ask ")
+
+
+def test_tensors_that_stay_in_float_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their rows fill no block."""
+    kinds = gguf.GGMLQuantizationType
+    assert choose_type("blk.0.ffn_up.weight", 48, "q8_0", kinds.F32) == kinds.F32
+    assert "blk.0.ffn_up.weight is not rounded: its rows of 48 numbers" in capsys.readouterr().err
+    assert choose_type("blk.0.ffn_up.weight", 64, "q8_0", kinds.F32) == kinds.Q8_0
+    assert choose_type("blk.0.attn_norm.weight", 64, "q8_0", kinds.F32) == kinds.F32
+    assert capsys.readouterr().err == ""

@@ -202,7 +202,7 @@ def put_override(tree: dict[str, Any], override: str) -> None:
     """Set `a.b.c=value` in a tree; the value is read as YAML, but a path as it is."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise SrmuError(f"{override!r}: expected key=value, for example method.kappa=8")
+        raise SrmuError(f"{override!r}: expected key=value without spaces, for example method.kappa=8")
     *parents, last = key.split(".")
     is_path = last in ("model", *PATHS) and text not in ("", "null")
     try:
