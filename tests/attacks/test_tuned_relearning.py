@@ -17,8 +17,8 @@ from srmu.attacks.tuned_relearning import (
     ORDER,
     ORDERED,
     TRANSLATED,
-    Recipe,
     TunedRelearning,
+    Tuning,
     find_crossings,
     leave_out_subjects,
     parse_setting,
@@ -40,7 +40,7 @@ def found() -> AttackResult:
 
 @pytest.mark.slow
 def test_the_search_finds_what_is_hidden(found: AttackResult) -> None:
-    """Better than the first recipes, which are of other models; nothing is found of the oracle."""
+    """Better than the first tunings, which are of other models; nothing is found of the oracle."""
     best = max((way for way in found.ways if way.test), key=lambda way: sum(way.val))
     assert sum(best.val) == max(sum(way.val) for way in found.ways)
     assert accuracy(best) > 0.8 and accuracy(found.ways[0]) < 0.4
@@ -62,11 +62,11 @@ def test_the_price_is_where_the_curve_crosses(found: AttackResult) -> None:
     after = next(i for i, share in enumerate(shares) if share >= 0.5)
     expected = np.interp(0.5, shares[after - 1 : after + 1], steps[after - 1 : after + 1])
     assert half.steps == pytest.approx(expected) and half.low <= half.steps
-    recipe, _ = parse_setting(curve[-1].setting)
-    assert recipe.rows == FACTS  # 32 rows of four tokens, eight a step
+    tuning, _ = parse_setting(curve[-1].setting)
+    assert tuning.rows == FACTS  # 32 rows of four tokens, eight a step
     assert half.tokens == pytest.approx(half.steps * 8 * 4)
     weights = sum(p.numel() for p in subject("unlearned").module.parameters()) - 64 * 32  # what is only looked up
-    assert half.flop == pytest.approx(half.tokens * weights * (4 if recipe.rank else 6))
+    assert half.flop == pytest.approx(half.tokens * weights * (4 if tuning.rank else 6))
 
 
 @pytest.mark.slow
@@ -125,7 +125,7 @@ def test_the_control_learns_what_the_run_learned(monkeypatch: pytest.MonkeyPatch
         return [], 0
 
     monkeypatch.setattr(tuned_relearning, "tune_and_ask", keep)
-    model, setting = subject("unlearned"), f"{Recipe(DOCUMENTS, 0, 1e-4)}, 20 steps"
+    model, setting = subject("unlearned"), f"{Tuning(DOCUMENTS, 0, 1e-4)}, 20 steps"
     never = tuple(replace(q, entry=f"x{i}") for i, q in enumerate(exam().test))
     run = replace(exam(), only=setting)
     for asked in (run, replace(run, test=never, run_test=exam().test), replace(run, test=never)):
@@ -150,15 +150,15 @@ def test_an_order_stands_before_facts_and_questions(monkeypatch: pytest.MonkeyPa
         return [], 0
 
     monkeypatch.setattr(tuned_relearning, "tune_and_ask", tune)
-    ATTACK.tune(subject("unlearned"), {ORDERED: []}, exam(), 0, Recipe(ORDERED, 8, 1e-3), lambda way: False)
+    ATTACK.tune(subject("unlearned"), {ORDERED: []}, exam(), 0, Tuning(ORDERED, 8, 1e-3), lambda way: False)
     assert all(q.prompt.startswith(ORDER) for q in seen["asked"].both) and len(seen["asked"].both) == 80
     assert list_facts(seen["asked"].test) == list_facts(exam().test)
     assert seen["options"]["batch_size"] == ATTACK.batch
 
 
-@pytest.mark.parametrize("recipe", tuned_relearning.FIRST)
-def test_settings_are_read_as_they_are_written(recipe: Recipe) -> None:
-    assert parse_setting(f"{recipe}, 20 steps") == (recipe, 20)
+@pytest.mark.parametrize("tuning", tuned_relearning.FIRST)
+def test_settings_are_read_as_they_are_written(tuning: Tuning) -> None:
+    assert parse_setting(f"{tuning}, 20 steps") == (tuning, 20)
 
 
 def test_crossings() -> None:

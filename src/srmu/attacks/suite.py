@@ -4,7 +4,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -77,8 +77,39 @@ def attack_run(
     texts = load_texts(sources, run.config)
     subjects = Subjects(run, sources.oracle, find_device(device))
     chosen = {name: one for name, one in chosen.items() if confirm_attack(name, one, subjects, confirm)}
-    paths = (path for room in ROOMS for path in (Path(__file__).parents[1] / room).glob("*.py"))
-    code, prints = files.sha256(*sorted(paths)), subjects.prints(unknown=bool(unknown))
+    prints = subjects.prints(unknown=bool(unknown))
+    done = make_attacks(chosen, subjects, prints, texts, exam, unknown, seed, watch)
+    found = {name: {who: done[who, name][0] for who in prints if (who, name) in done} for name in chosen}
+    tasks = {"test": list(sources.tasks), "val": sources.val, "utility": [*exam.utility]}
+    report = summarise_attacks(chosen, found, exam, seed, unknown) | {
+        "tier": tier,
+        "seed": seed,
+        "tasks": tasks | ({"unknown": list(sources.unknown)} if unknown else {}),
+        "oracle": bool(sources.oracle),
+    }
+    for name, entry in report["attacks"].items():
+        entry["seconds"] = round(sum(seconds for (_, other), (_, seconds) in done.items() if other == name), 3)
+        entry["definition"] = hash_code()
+    return merge_report(run.folder, report, [*ATTACKS])
+
+
+@cache
+def hash_code() -> str:
+    """A digest of the code that decides what attacks find."""
+    return files.sha256(*sorted(path for room in ROOMS for path in (Path(__file__).parents[1] / room).glob("*.py")))
+
+
+def make_attacks(
+    chosen: Mapping[str, Attack],
+    subjects: "Subjects",
+    prints: Mapping[str, list[str]],
+    texts: Texts,
+    exam: Exam,
+    unknown: tuple[Question, ...],
+    seed: int,
+    watch: progress.Watch,
+) -> dict[tuple[str, str], tuple[AttackResult, float]]:
+    """By whose model and attack: what it found, or what the cache has of it, and the seconds that it took."""
     pairs = [pair for pair in product(prints, chosen) if pair != ("unknown", KEPT)]
     done: dict[tuple[str, str], tuple[AttackResult, float]] = {}
     with watch("attacking", len(pairs) // distributed.get_size()) as tick:
@@ -93,7 +124,7 @@ def attack_run(
                 only = best_setting(own).setting if own.ways else ""
                 asked = replace(exam, test=unknown, run_test=exam.test, only=only)
             given = files.sha256(repr((asked, texts, seed)).encode())
-            key = [prints[who], repr(one), given, code, *map(version, LIBRARIES)]
+            key = [prints[who], repr(one), given, hash_code(), *map(version, LIBRARIES)]
             kept = files.find_cached("attacks", key)
             brought = kept or try_attack(one, subjects, who, texts, asked, seed)
             result = TypeAdapter(AttackResult).validate_python(brought)
@@ -105,18 +136,7 @@ def attack_run(
         for controls in (False, True):
             part = [pair for pair in pairs if (pair[0] == "unknown") == controls]
             done |= zip(part, distributed.share_work(part, attack_one), strict=True)
-    found = {name: {who: done[who, name][0] for who in prints if (who, name) in done} for name in chosen}
-    tasks = {"test": list(sources.tasks), "val": sources.val, "utility": [*exam.utility]}
-    report = summarise_attacks(chosen, found, exam, seed, unknown) | {
-        "tier": tier,
-        "seed": seed,
-        "tasks": tasks | ({"unknown": list(sources.unknown)} if unknown else {}),
-        "oracle": bool(sources.oracle),
-    }
-    for name, entry in report["attacks"].items():
-        entry["seconds"] = round(sum(seconds for (_, other), (_, seconds) in done.items() if other == name), 3)
-        entry["definition"] = code
-    return merge_report(run.folder, report, [*ATTACKS])
+    return done
 
 
 def try_attack(one: Attack, subjects: "Subjects", who: str, texts: Texts, exam: Exam, seed: int) -> AttackResult:

@@ -41,7 +41,7 @@ Rows = Mapping[str, Sequence[Row]]  # by what they are of
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Tuning:
     """How an attacker fine-tunes: on which rows, by LoRA of a rank or (0) all weights, at which rate."""
 
     rows: str
@@ -52,15 +52,15 @@ class Recipe:
         return f"{self.rows}, {f'LoRA {self.rank}' if self.rank else 'all weights'}, {self.rate:g}"
 
 
-def parse_setting(setting: str) -> tuple[Recipe, int]:
-    """A recipe and its steps from a setting's name."""
+def parse_setting(setting: str) -> tuple[Tuning, int]:
+    """A tuning and its steps from a setting's name."""
     rows, weights, rate, steps = setting.split(", ")
     rank = int(weights.removeprefix("LoRA ")) if weights.startswith("LoRA") else 0
-    return Recipe(rows, rank, float(rate)), int(steps.removesuffix(" steps"))
+    return Tuning(rows, rank, float(rate)), int(steps.removesuffix(" steps"))
 
 
 # What brings much back elsewhere is tried first: the search is no weaker than these.
-FIRST = (Recipe(FACTS, 8, 5e-4), Recipe(FACTS, 0, 1e-4), Recipe(ORDERED, 8, 5e-4), Recipe(DOCUMENTS, 0, 1e-4))
+FIRST = (Tuning(FACTS, 8, 5e-4), Tuning(FACTS, 0, 1e-4), Tuning(ORDERED, 8, 5e-4), Tuning(DOCUMENTS, 0, 1e-4))
 
 
 class TunedRelearning(Attack, id="E20", name="tuned_relearning", tier="deep"):
@@ -147,55 +147,55 @@ class TunedRelearning(Attack, id="E20", name="tuned_relearning", tier="deep"):
                 trial.report(right, parse_setting(way.setting)[1])
                 return right >= known or trial.should_prune()
 
-            self.tune(model, rows, held, seed, Recipe(kind, rank, float(f"{rate:.2g}")), until)
+            self.tune(model, rows, held, seed, Tuning(kind, rank, float(f"{rate:.2g}")), until)
             found.extend(best)
             return fmean(best[0].val) if best else 0.0
 
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(len(FIRST), self.trials // 3))
         study = optuna.create_study(direction="maximize", sampler=sampler, pruner=optuna.pruners.MedianPruner(4, 10))
-        for recipe in FIRST:
-            if recipe.rows in rows:
-                study.enqueue_trial(vars(recipe))
+        for tuning in FIRST:
+            if tuning.rows in rows:
+                study.enqueue_trial(vars(tuning))
         study.optimize(attempt, n_trials=self.trials, catch=torch.OutOfMemoryError)
         return found
 
     def train(self, model: Subject, rows: Rows, exam: Exam, seed: int, setting: str) -> list[Setting]:
         """The exam along the training of a setting, up to its steps."""
-        recipe, steps = parse_setting(setting)
-        return self.tune(model, rows, exam, seed, recipe, lambda way: way.setting == setting) if steps else []
+        tuning, steps = parse_setting(setting)
+        return self.tune(model, rows, exam, seed, tuning, lambda way: way.setting == setting) if steps else []
 
     def tune(
-        self, model: Subject, rows: Rows, exam: Exam, seed: int, recipe: Recipe, until: Callable[[Setting], bool]
+        self, model: Subject, rows: Rows, exam: Exam, seed: int, tuning: Tuning, until: Callable[[Setting], bool]
     ) -> list[Setting]:
         """The exam at each look of a training, until one after which it is to end."""
-        if recipe.rows == ORDERED:
+        if tuning.rows == ORDERED:
             val, test = ([replace(q, prompt=ORDER + q.prompt) for q in half] for half in (exam.val, exam.test))
             exam = replace(exam, val=tuple(val), test=tuple(test))
         looks = sorted({look for look in self.looks if look < self.steps} | {self.steps})
-        options = {"learning_rate": recipe.rate, "batch_size": self.batch_of(recipe), "schedule": "constant"}
-        if recipe.rows not in rows:
-            raise NotApplicable(f"there are no {recipe.rows} to learn from here")
-        told, name = rows[recipe.rows], str(recipe) if len(looks) > 1 else f"{recipe}, {self.steps} steps"
-        reached, _ = tune_and_ask(model, exam, name, seed, told, looks, recipe.rank, weigh_exam, until, **options)
+        options = {"learning_rate": tuning.rate, "batch_size": self.batch_of(tuning), "schedule": "constant"}
+        if tuning.rows not in rows:
+            raise NotApplicable(f"there are no {tuning.rows} to learn from here")
+        told, name = rows[tuning.rows], str(tuning) if len(looks) > 1 else f"{tuning}, {self.steps} steps"
+        reached, _ = tune_and_ask(model, exam, name, seed, told, looks, tuning.rank, weigh_exam, until, **options)
         return reached
 
-    def batch_of(self, recipe: Recipe) -> int:
-        return self.text_batch if recipe.rows in TOLD_AT_LENGTH else self.batch
+    def batch_of(self, tuning: Tuning) -> int:
+        return self.text_batch if tuning.rows in TOLD_AT_LENGTH else self.batch
 
     def price(
         self, model: Subject, rows: Rows, exam: Exam, before: Setting, curve: Sequence[Setting], seed: int
     ) -> list[Price]:
         """Where along a training half and nine tenths of the original's knowledge are back, above guessing."""
-        recipe, _ = parse_setting(curve[-1].setting)
+        tuning, _ = parse_setting(curve[-1].setting)
         steps = [parse_setting(way.setting)[1] for way in curve]
         table = np.stack([way.test for way in (before, *curve)], axis=1)
         means = Draws(seed).means(table, list_facts(exam.test)) - guess_share(exam.test)
         shares = means[:, 1:] / np.maximum(means[:, :1], KNOWN)
-        told = rows[recipe.rows]
+        told = rows[tuning.rows]
         # a step, on average: each epoch ends with what is left of the rows
-        tokens = sum(len(start) + len(rest) for start, rest in told) / ceil(len(told) / self.batch_of(recipe))
+        tokens = sum(len(start) + len(rest) for start, rest in told) / ceil(len(told) / self.batch_of(tuning))
         # forward, backward to activations and, where all weights learn, to these: 2 FLOPs a weight and token each
-        work = (4 if recipe.rank else 6) * count_multiplied(model) * tokens
+        work = (4 if tuning.rank else 6) * count_multiplied(model) * tokens
         prices = []
         for share in BACK:
             reached = find_crossings(shares, steps, share)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -109,13 +110,18 @@ def estimate_recovery(entry: RunGroup) -> Recovery | None:
         failed=failed,
         not_tried=[*map(name_words, first["not_tried"])],
         curves=relearning_curves([*attacked.values()]),
-        prices=[
-            f"{run.name}: {line}" if len(attacked) > 1 else line
-            for run, a in attacked.items()
-            for one in a["attacks"].values()
-            for line in describe_prices(one.get("price", ()))
-        ],
+        prices=list_prices(attacked),
     )
+
+
+def list_prices(attacked: Mapping[Path, Mapping[str, Any]]) -> list[str]:
+    """What it takes to bring knowledge back, in words: of several runs, each with its name."""
+    return [
+        f"{run.name}: {line}" if len(attacked) > 1 else line
+        for run, report in attacked.items()
+        for one in report["attacks"].values()
+        for line in describe_prices(one.get("price", ()))
+    ]
 
 
 def resample_answers(attacks: Mapping[str, Any], draws: Draws, model: str) -> dict[tuple[str, str], Array]:
