@@ -5,6 +5,7 @@ python benchmarks/rounding.py CONFIG [key=value ...]
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
     first = load_config(options.config, options.overrides)
-    asked = {task: load_questions(task, first.tasks_dir) for task in first.eval}
+    asked = {task: load_questions(task, Path(first.tasks_dir) if first.tasks_dir else None) for task in first.eval}
     print(f"| trained through | {' | '.join(kind or 'as it is' for kind in AFTER)} |\n|---|{'---|' * len(AFTER)}")
     for kind in THROUGH:
         config = load_config(options.config, [*options.overrides, f"train.quantise_aware={kind}"])

@@ -128,5 +128,5 @@ def test_change_gets_outputs_by_inputs() -> None:
 def test_rows_are_cut_and_there_must_be_some() -> None:
     model = subject("oracle")
     assert [len(row) for _, row in text_rows(model, ["w1 " * 100, "w1 w2"])] == [64, 3]
-    with pytest.raises(NotApplicable, match="no neutral texts"):
+    with pytest.raises(NotApplicable, match="no texts to fine-tune on"):
         text_rows(model, [])
