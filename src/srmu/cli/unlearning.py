@@ -45,7 +45,8 @@ def unlearn_command(
         config, estimate, lines = plan_dry_run(config)
         fetched = f"next: {FETCH}, then the same with model=OWNER/NAME and without --dry-run"
         following = fetched if "dimensions" in estimate else output.PLANNED
-        output.print_result(estimate, as_json, config.to_yaml(), *lines, following)
+        whole = "every option, as it would run: the same with --json"
+        output.print_result(estimate, as_json, *lines, whole, following)
         return
     sharded = shard or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
     plan = runs.plan_run(config, shard=sharded, offload=offload)
