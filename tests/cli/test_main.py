@@ -609,8 +609,9 @@ def test_methods(call: Call) -> None:
     assert list(table) == list(METHODS)
     assert table["srmu"]["paper"] == "arXiv 2512.16297"
     assert table["srmu"]["options"]["importance"] == "ratio"
-    shown = call("info", "methods").out
+    shown = call("info", "methods", "adaptive_rmu").out
     assert all(f"    {option}: " in shown for option in table["adaptive_rmu"]["options"])
+    assert len(call("info", "methods").out.splitlines()) < 45  # about a screen
 
 
 def test_help(call: Call) -> None:

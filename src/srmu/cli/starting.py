@@ -82,6 +82,13 @@ def show_real_demo(out: Path, report: Path, seeds: tuple[int, ...], rows: list[d
     )
 
 
+ADVICE = (
+    "Which? srmu or rmu: quick, in little memory, for hazardous knowledge in a large model.",
+    "npo or simnpo: for answers as of a model that never saw the texts, as TOFU asks; trains all weights.",
+    "rename_scrub: to outlast fine-tuning, at a many times higher price; experimental.",
+)
+
+
 @topics.command("methods")
 def list_methods_command(
     name: Annotated[str, Argument(help="One method: its options.")] = "",
@@ -103,10 +110,13 @@ def list_methods_command(
         known, about = reference.list_options(cls), reference.first_sentence(cls)
         defaults = {option: value for option, (value, _) in known.items()}
         answer.setdefault(key, {}).update(about=about, learning_rate=cls.learning_rate, options=defaults)
+        if not name:
+            continue  # the table is enough
         lines += [f"{key} ({cls.paper}): {about}", f"    train.learning_rate: {reference.describe_rate(cls)}"]
         for option, (value, text) in known.items():
             lines.append(f"    {option}: {reference.format_default(value)}" + (f"  # {text}" if text else ""))
-    example = name or "npo"
+    example = name or "srmu"
+    lines += [] if name else [*ADVICE, "srmu info methods NAME shows the options and defaults of one."]
     lines.append(output.next_command("inspect", "MODEL", "--method", example))
     lines.append(f"      {output.quote_command('unlearn', 'CONFIG', f'method.name={example}')}")
     output.print_result(answer, as_json, *lines, table=None if name else table)
