@@ -53,7 +53,7 @@ def test_what_stays_of_a_role_is_said(given: tuple[str, ...], left: set[str], mi
     answer = call("unlearn", *TEXTS, *given)
     assert answer.code == 0, answer.err
     kind = "mlp.experts.down_proj"
-    line = f"NOT changed, though of the same kind and in these layers: {len(left)} ({kind})" if left else "no other matrices"
+    line = f"NOT changed, though of the same kind and in these layers: {len(left)} ({kind})" if left else "no matrix of the same kind stays"
     assert line in answer.out
     (folder,) = Path("runs").iterdir()
     record = Run.open(folder).record
@@ -72,7 +72,7 @@ def test_a_dense_model_is_covered() -> None:
     reach = describe_reach(module, downs)
     share = sum(module.get_parameter(name).numel() for name in downs) / module.num_parameters()
     assert reach == {"matrices": 3, "left": [], "share_of_path": pytest.approx(share)}
-    assert "no other matrices of that role" in explain_reach(reach)
+    assert "no matrix of the same kind stays as it was" in explain_reach(reach)
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"retrain"}))
