@@ -281,7 +281,7 @@ VERBS: dict[str, tuple[list[str], list[str]]] = {
     "missing config": (["unlearn", "c.yaml"], ["c.yaml: no such file"]),
     "folder config": (["unlearn", "model"], ["model is a folder", "--model model --forget F"]),
     "eval nothing": (["eval"], ["Missing argument"]),
-    "attack without a trial": (["attack", "x", "--trials", "0"], ["--trials", "0 is not in the range x>=1"]),
+    "attack without a trial": (["attack", "x", "--trials", "0"], ["--trials", "greater than or equal to 1"]),
     "no sweep": (["sweep"], ["srmu sweep configs/sweep-grid.yaml"]),
     "no tasks": (["eval", "model"], ["no task named; give --tasks a,b"]),
     "no model": (["eval", "nowhere", "--tasks", "a"], ["nowhere: no such folder"]),
