@@ -10,7 +10,7 @@ import pytest
 
 from helpers.results import keep_rows, write_metrics, write_report
 from srmu.errors import SrmuError
-from srmu.evals.compare import ComparisonRow, choose_metrics, compare_runs, run_setting, suggest_attack
+from srmu.evals.compare import ComparisonRow, choose_metrics, compare_runs, run_setting, spell_metrics, suggest_attack
 from srmu.evals.results import read_attacks
 from srmu.report.format import write_range
 from srmu.runs.config import build_config, make_config
@@ -421,3 +421,17 @@ def test_half_is_back_at_the_point_nearest_the_budget(tmp_path: Path) -> None:
         results["attacks"]["attacks"]["quantisation"]["price"] = [{"share": 0.5, "steps": float(number)}]
         (run / "results.json").write_text(json.dumps(results))
     assert [compare_runs(runs, budget)[0].half_back for budget in (0.001, 0.04, 0.5)] == [(0.0,), (1.0,), (2.0,)]
+
+
+def test_metrics_have_short_names(tmp_path: Path) -> None:
+    known = ["organism_hazard/acc", "organism_hazard_val/acc", "other_hazard_val/acc", "near/acc", "near/acc_norm"]
+    assert spell_metrics(["hazard", "near", "near/acc_norm"], known) == (
+        "organism_hazard/acc",
+        "near/acc",
+        "near/acc_norm",
+    )
+    assert spell_metrics(["hazard_val", "ard", "x"], known) == ("hazard_val", "ard", "x")  # of two, of none
+    run = evaluated(tmp_path / "one", "srmu", 0.4, 0.98)
+    assert compare_runs([run], 0.05, ["hazard"], ["near"]) == compare_runs([run], 0.05, *METRICS)
+    run = attacked(tmp_path / "two", "srmu", 0.4, 0.98)
+    assert compare_runs([run], 0.05, ["hazard"]) == compare_runs([run], 0.05, METRICS[0])

@@ -53,7 +53,11 @@ def test_what_stays_of_a_role_is_said(given: tuple[str, ...], left: set[str], mi
     answer = call("unlearn", *TEXTS, *given)
     assert answer.code == 0, answer.err
     kind = "mlp.experts.down_proj"
-    line = f"NOT changed, though of the same kind and in these layers: {len(left)} ({kind})" if left else "no matrix of the same kind stays"
+    line = (
+        f"NOT changed, though of the same kind and in these layers: {len(left)} ({kind})"
+        if left
+        else "no matrix of the same kind stays"
+    )
     assert line in answer.out
     (folder,) = Path("runs").iterdir()
     record = Run.open(folder).record

@@ -86,14 +86,14 @@ def compare_runs(
     opened = [Run.open(folder) for folder in runs]
     draws = statistics.Draws(seed)
     attacks = {}
-    named = tuple(forget), tuple(utility)
-    for run in opened:
-        report = read_attacks(run.folder)
+    metrics, reports = ([read(run.folder) for run in opened] for read in (read_metrics, read_attacks))
+    known = [*chain(*(own["after"] for own in metrics)), *chain(*(chain(*metrics_of(one)) for one in reports if one))]
+    named = spell_metrics(forget, known), spell_metrics(utility, known)
+    for run, report in zip(opened, reports, strict=True):
         if report and all(not own or own == asked for own, asked in zip(named, metrics_of(report), strict=True)):
             attacks[run.folder] = report
     for report in attacks.values():  # what was attacked says what to look up elsewhere
         named = named[0] or metrics_of(report)[0], named[1] or metrics_of(report)[1]
-    metrics = [read_metrics(run.folder) for run in opened]
     for run, own in zip(opened, metrics, strict=True):
         if run.folder not in attacks and not (own["before"] and own["after"]):
             there = leave_out_repetition(name for one in metrics for name in one["after"])
@@ -171,6 +171,13 @@ def suggest_attack(runs: Sequence[Path], forget: Sequence[str], utility: Sequenc
         more = {"val": "split"}
     tasks, kept = (",".join(name.rpartition("/")[0] for name in names) for names in known)
     return folder, {"tasks": tasks, "utility": kept, **more}
+
+
+def spell_metrics(names: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
+    """Names of metrics as they are known: `hazard` may stand for `organism_hazard/acc`, if for no other."""
+    known = {*known}
+    meant = {name: [one for one in known if f"_{one}".endswith(f"_{name}/acc")] for name in names}
+    return tuple(name if name in known or len(meant[name]) != 1 else meant[name][0] for name in meant)
 
 
 def choose_metrics(known: Sequence[str], forget: Sequence[str], utility: Sequence[str], tasks: Sequence[str]) -> Named:

@@ -15,6 +15,7 @@ from srmu.evals.compare import (
     metrics_of,
     run_setting,
     setting_words,
+    spell_metrics,
 )
 from srmu.evals.results import PLAIN, load_results, read_attacks
 from srmu.report import markdown, results, runs, studies
@@ -115,6 +116,7 @@ def find_metrics(
     known = leave_out_repetition(dict.fromkeys(name for run in folders for name in results.read_results(run)["after"]))
     if not known:
         return (), ()
+    forget, utility = spell_metrics(forget, known), spell_metrics(utility, known)
     for name in (*forget, *utility):
         if name not in known:
             raise SrmuError(f"no run has the result {name}; there are {', '.join(known)}")

@@ -81,4 +81,6 @@ def explain_reach(reach: dict[str, Any]) -> str:
     if not reach["left"]:
         return f"{text}; no matrix of the same kind stays as it was in these layers"
     kinds = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in reach["left"]})
-    return f"{text}; NOT changed, though of the same kind and in these layers: {len(reach['left'])} ({', '.join(kinds)})"
+    return (
+        f"{text}; NOT changed, though of the same kind and in these layers: {len(reach['left'])} ({', '.join(kinds)})"
+    )
