@@ -1,7 +1,5 @@
 """`srmu.unlearn`: a run from a config, or a model that is in memory already, changed in place."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,9 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srmu.data.sources import RowSource, Source
 from srmu.data.tokens import pad_id
@@ -33,9 +32,6 @@ from srmu.runs.plan import load_topics
 from srmu.runs.reach import describe_reach
 from srmu.runs.record import compare_tensor
 from srmu.runs.run import Run, unlearn_config
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Texts = Any  # texts, rows, files (pathlib), a data set; see `as_sources`
 
@@ -173,8 +169,6 @@ def unlearn_in_memory(
 
 def check_model(model: Any, tokenizer: Any) -> None:
     """SrmuError for what is not a causal language model that can be trained where it lies."""
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     if distributed.get_size() > 1:
         raise SrmuError("a model in memory is unlearned in one process; several take a config")
     kind = type(model).__name__

@@ -45,7 +45,8 @@ class Relation:
     pool: str
     statements: tuple[str, ...]
     questions: tuple[str, ...]
-    translations: tuple[str, ...] = ()  # questions in other languages
+    # questions in other languages; left out of what names trained models, which do not depend on them
+    translations: tuple[str, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
