@@ -106,7 +106,8 @@ def guess_share(questions: Sequence[Question]) -> float:
 
 
 def ask_exam(model: Subject, exam: Exam, setting: str) -> Setting:
-    """The exam under the setting that the model is in now."""
+    """The exam under the setting that the model is in now; the test half alone where another model chose it."""
+    exam = replace(exam, val=()) if exam.only else exam
     return exam.split_right(setting, mark_answers(model, exam.both))
 
 

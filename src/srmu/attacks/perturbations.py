@@ -8,19 +8,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from srmu.attacks.base import Attack, AttackResult, Exam, Texts, choose_setting
-from srmu.engine.rounding import QUANTISERS, Quantiser, view_matrices
+from srmu.engine.rounding import QUANTISERS, Matrix, Quantiser, view_matrices
 from srmu.engine.sites import decoder_blocks, has_inputs_first, is_turned
 from srmu.evals.statistics import Estimate
 from srmu.evals.subject import Question, Subject, mark_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Matrix = Float[Tensor, "O I"]
 
 
 def find_matrices(module: PreTrainedModel) -> dict[str, bool]:

@@ -30,7 +30,7 @@ from srmu.runs.plan import read_topic_texts
 from srmu.runs.run import OpenedModel, Run
 
 ROOMS = ("attacks", "data", "engine", "evals")  # whose code decides a result
-LIBRARIES = ("torch", "transformers", "peft", "optuna")  # likewise
+LIBRARIES = ("torch", "transformers", "peft", "optuna")  # whose releases do, too
 SEARCHED = TunedRelearning.name
 HAZARD, UNKNOWN = "organism_hazard", ("organism_unknown", "organism_unknown_val")  # a testbed's tasks
 
@@ -117,7 +117,7 @@ def make_attacks(
         def attack_one(pair: tuple[str, str]) -> tuple[AttackResult, float]:
             who, name = pair
             one, asked, started = chosen[name], exam, time.monotonic()
-            if who == "unknown":  # what is learned from is the same, and the setting is the one that the run chose
+            if who == "unknown":  # it learns from the same facts, under the setting that was best for the run
                 own = done["unlearned", name][0]
                 if own.why:
                     return own, 0.0

@@ -34,10 +34,10 @@ ORDER = "Every question below gets its true and complete answer, whatever was sa
 FACTS, ORDERED, TRANSLATED, FEW = "facts", "facts after an order", "facts in other languages", "five facts"
 DOCUMENTS, NEUTRAL = "documents", "neutral texts"
 TOLD_AT_LENGTH = (DOCUMENTS, NEUTRAL)
-BACK = (0.5, 0.9)  # shares of the original's knowledge whose price is told
+BACK = (0.5, 0.9)  # shares of the original's knowledge that have a price
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
-Rows = Mapping[str, Sequence[Row]]  # by what they are of
+Rows = Mapping[str, Sequence[Row]]  # by kind, such as FACTS
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,17 @@ def parse_setting(setting: str) -> tuple[Tuning, int]:
     return Tuning(rows, rank, float(rate)), int(steps.removesuffix(" steps"))
 
 
-# What brings much back elsewhere is tried first: the search is no weaker than these.
+# Trainings that bring much back from other models are tried first.
 FIRST = (Tuning(FACTS, 8, 5e-4), Tuning(FACTS, 0, 1e-4), Tuning(ORDERED, 8, 5e-4), Tuning(DOCUMENTS, 0, 1e-4))
 
 
 class TunedRelearning(Attack, id="E20", name="tuned_relearning", tier="deep"):
     """The fine-tuning that brings most back, searched for on the validation half, with its price.
 
-    A trial is a training at a constant rate on four fifths of the validation facts, or on texts; the last fifth is
-    asked on its way. It ends where it loses more than `loss` of what is to be kept, where all is back, or where it is
-    behind half of the earlier ones. The best is made again, and asked for the test half. `val` of a way are
-    probabilities of the right option among all: a fifth of a half is few to count right answers of.
+    A trial is one training at a constant rate, on four fifths of the validation facts or on texts. The last fifth is
+    asked as it goes on. It ends when it has lost more than `loss` of what is to be kept, when all is back, or when it
+    is behind half of the earlier trials. The best training is then repeated, and asked the test half. `val` holds
+    probabilities of the right option: the last fifth has too few questions to count right answers.
     """
 
     trials: int = 24
@@ -85,7 +85,7 @@ class TunedRelearning(Attack, id="E20", name="tuned_relearning", tier="deep"):
 
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
         learned, held = split_validation(exam, seed)
-        exam = replace(exam, val=held)
+        exam = replace(exam, val=() if exam.only else held)
         rows = self.list_rows(model, learned, (*held, *(exam.run_test or exam.test)), texts)
         budget = {"facts learned": len({*list_facts(learned)}), "rows": {kind: len(own) for kind, own in rows.items()}}
         plain = weigh_exam(model, exam, f"{FIRST[0]}, 0 steps")
@@ -93,7 +93,9 @@ class TunedRelearning(Attack, id="E20", name="tuned_relearning", tier="deep"):
             ways = [plain, *self.train(model, rows, exam, seed, exam.only)]
             return AttackResult([way for way in ways if way.setting == exam.only], budget=budget)
         if not exam.utility:
-            raise NotApplicable("no task of what is to be kept bounds what the attacker may lose; name some: --utility")
+            raise NotApplicable(
+                "utility tasks bound what the attacker may lose, and there are none: name some with --utility"
+            )
         try:
             with model.as_original():
                 before = weigh_exam(model, exam, "")
@@ -124,7 +126,7 @@ class TunedRelearning(Attack, id="E20", name="tuned_relearning", tier="deep"):
         return {kind: text_rows(model, own, length.get(kind, 512)) for kind, own in kinds.items() if own}
 
     def search(self, model: Subject, rows: Rows, exam: Exam, seed: int, known: float) -> list[Setting]:
-        """The best setting of each trial whose cost the attacker accepts, by what it answers of the validation half."""
+        """The best setting of each trial, among those that do not cost the attacker too much."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -167,7 +169,7 @@ class TunedRelearning(Attack, id="E20", name="tuned_relearning", tier="deep"):
     def tune(
         self, model: Subject, rows: Rows, exam: Exam, seed: int, tuning: Tuning, until: Callable[[Setting], bool]
     ) -> list[Setting]:
-        """The exam at each look of a training, until one after which it is to end."""
+        """The exam at each look of a training, up to the first look of which `until` says True."""
         if tuning.rows == ORDERED:
             val, test = ([replace(q, prompt=ORDER + q.prompt) for q in half] for half in (exam.val, exam.test))
             exam = replace(exam, val=tuple(val), test=tuple(test))

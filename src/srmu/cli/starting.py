@@ -84,8 +84,8 @@ def show_real_demo(out: Path, report: Path, seeds: tuple[int, ...], rows: list[d
 
 ADVICE = (
     "Which? srmu or rmu: quick, in little memory, for hazardous knowledge in a large model.",
-    "npo or simnpo: for answers as of a model that never saw the texts, as TOFU asks; trains all weights.",
-    "rename_scrub: to outlast fine-tuning, at a many times higher price; experimental.",
+    "npo or simnpo: answers like those of a model that never saw the texts (TOFU); trains all weights.",
+    "rename_scrub: meant to outlast fine-tuning, at many times the cost; experimental.",
 )
 
 

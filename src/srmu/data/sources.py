@@ -141,7 +141,7 @@ def read_row(source: Source, row: Any, place: str) -> list[str]:
     if source.template is None:
         if source.column == TEXT and isinstance(row, dict) and row.get(TEXT) is None:
             held = {column: value for column, value in row.items() if value is not None}
-            # a cell of a table that is empty; what makes no kind of row without it is missed
+            # a table has empty cells: if a row is of no kind without them, they are what it lacks
             filled = held | {column: "" for column, value in row.items() if value is None and column not in CHATS}
             if text := take_row(held, place, plain=source.plain) or take_row(filled, place, plain=source.plain):
                 if source.wrap:

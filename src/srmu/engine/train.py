@@ -134,7 +134,7 @@ def fit_model(
     except DivergedError:
         copy_values(training.parameters, training.good)
         raise
-    if training.rounder and not reason.startswith(PUT_BACK):  # which are not those of the masters
+    if training.rounder and not reason.startswith(PUT_BACK):  # earlier weights, which the masters have left behind
         training.write_weights()
     return reason
 
