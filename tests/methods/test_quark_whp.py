@@ -170,6 +170,16 @@ def test_samples_are_drawn_from_all_tokens_whatever_the_checkpoint_says() -> Non
     assert float((counts - p).abs().sum()) < 0.5
 
 
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    """And those without a chance never: the first, the last, one between."""
+    chances = torch.tensor([0.0, 0.5, 0.0, 0.125, 0.375, 0.0])
+    torch.manual_seed(0)
+    drawn = generate.choose_drawn(torch.empty(0), chances.log().expand(40_000, -1)).argmax(-1)
+    counts = torch.bincount(drawn, minlength=6) / 40_000
+    assert counts[chances == 0].tolist() == [0, 0, 0]
+    assert torch.allclose(counts, chances, atol=0.01)
+
+
 def test_a_sample_ends_with_the_end_of_a_text() -> None:
     module = pico_module()
     module.generation_config.eos_token_id = list(range(2, 34))  # some models have several

@@ -93,7 +93,7 @@ def write_on(
     keep_logits: bool = False,
 ) -> tuple[list[Ids], list[Float[Tensor, "S V"]]]:
     """Continuations of contexts, read at once where padding allows, each with the token that ends it; their logits."""
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, LogitsProcessorList
 
     lengths = [len(row) for row in contexts]
     if len({*lengths}) > 1 and not hides_padding(module):
@@ -105,15 +105,14 @@ def write_on(
             found |= zip(which, zip_longest(*both), strict=True)
         texts = [found[i] for i in range(len(contexts))]
         return [text for text, _ in texts], [logits for _, logits in texts if keep_logits]
-    drawn = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0} if do_sample else {}
     settings = GenerationConfig(
         max_new_tokens=length,
         eos_token_id=sorted(ends) or None,
         pad_token_id=0,  # behind the mask: any token will do, where the tokenizer has none
         output_logits=keep_logits,
         return_dict_in_generate=True,
-        **drawn,
     )
+    drawn = LogitsProcessorList([choose_drawn] if do_sample else [])
     ids, mask = (pad_rows(rows, padding_side="left") for rows in (contexts, [[1] * len(row) for row in contexts]))
     read = move_batch({"input_ids": ids, "attention_mask": mask}, module.device)
     generator: Any = module
@@ -121,10 +120,10 @@ def write_on(
     generator.generation_config = settings  # else the checkpoint's own would fill in, say, a penalty on repetition
     try:
         try:
-            out = generator.generate(**read)
+            out = generator.generate(**read, logits_processor=drawn)
         except (ValueError, TypeError, AttributeError, IndexError):  # no cache that `generate` could use
             settings.use_cache = False
-            out = generator.generate(**read)
+            out = generator.generate(**read, logits_processor=drawn)
     finally:
         generator.generation_config = own
     rows = out.sequences[:, ids.shape[1] :].tolist()
@@ -133,6 +132,15 @@ def write_on(
         return written, []
     logits = torch.stack(out.logits, dim=1)
     return written, [part[: len(row)] for part, row in zip(logits, written, strict=True)]
+
+
+def choose_drawn(ids: Tensor, logits: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+    """Logits whose largest is of a token drawn at temperature 1: one random number a row, `multinomial` takes V."""
+    chances = logits.float().softmax(-1).cumsum(-1)
+    # times the last: a sum of float32 does not end at 1
+    places = torch.rand_like(chances[:, :1]) * chances[:, -1:]
+    drawn = torch.searchsorted(chances, places, right=True).clamp(max=chances.shape[1] - 1)
+    return logits.scatter(1, drawn, torch.inf)
 
 
 def hides_padding(module: PreTrainedModel) -> bool:
