@@ -37,7 +37,7 @@ HALVES = ("", "_val")
 
 def main(out: Path, count: int) -> None:
     plan = plan_paper(out, world="atlas")
-    tasks = tuple(f"organism_{kind}{half}" for kind in ("hazard", "neighbour") for half in HALVES)
+    tasks = tuple(f"testbed_{kind}{half}" for kind in ("hazard", "neighbour") for half in HALVES)
     plan = replace(plan, seeds=tuple(range(count)), tasks=tasks)
     row = PlannedRow("SRMU", "SRMU", f"{REGIME} {REGION}", (f"method.kappa={KAPPA}",))
     (made,) = run_experiment(plan, [row], show_progress).values()
@@ -81,8 +81,8 @@ def measure_outcome(run: Path) -> dict[str, float]:
     fell = {
         (kind, half): 100
         * (
-            scores["before"][f"organism_{kind}{half}/acc"]["value"]
-            - scores["after"][f"organism_{kind}{half}/acc"]["value"]
+            scores["before"][f"testbed_{kind}{half}/acc"]["value"]
+            - scores["after"][f"testbed_{kind}{half}/acc"]["value"]
         )
         for kind in ("hazard", "neighbour")
         for half in HALVES
@@ -95,7 +95,7 @@ def measure_outcome(run: Path) -> dict[str, float]:
 def foretell(runs: Sequence[Run]) -> list[dict[str, float]]:
     """What the original model alone says of the target of each run."""
     model, tokenizer = open_model(runs[0].base)
-    topic = runs[0].config.topics["organism"]
+    topic = runs[0].config.topics["topic"]
     paths = {"forget": topic.forget, "retain": topic.retain}
     texts = {role: read_texts([Source(path=str(one.path)) for one in some]) for role, some in paths.items()}
     sets = prepare_sets(model, texts, tokenizer, 32)
@@ -109,7 +109,7 @@ def foretell(runs: Sequence[Run]) -> list[dict[str, float]]:
     plain = {role: cost_texts(model, batches, layer, torch.zeros(1), 0.0) for role, batches in sets.items()}
     rows = []
     for run in runs:
-        target = load_file(run.folder / "state.safetensors")["organism.target"].float()
+        target = load_file(run.folder / "state.safetensors")["topic.target"].float()
         unit = target / target.norm()
         along = (hidden["retain"].float() @ unit).square().mean() / hidden["retain"].float().square().sum(-1).mean()
         rows.append(

@@ -1,6 +1,6 @@
 """Find settings for testbeds, on validation questions.
 
-    python benchmarks/search.py configs/search-organism.yaml OUT
+    python benchmarks/search.py configs/search-closed.yaml OUT
     python benchmarks/search.py configs/search-robust.yaml OUT TESTBED
 
 Runs that are in OUT already are not made again. Without TESTBED all settings of a grid are run on testbeds of
@@ -36,7 +36,7 @@ from srmu.report.results import RunGroup, aggregate_columns
 from srmu.reproduce.experiment import Experiment, PlannedRow, RunJob, Scored, Testbeds, run_experiment
 from srmu.runs.run import Run
 
-TASKS = tuple(f"organism_{kind}_val" for kind in ("hazard", "neighbour", "general"))
+TASKS = tuple(f"testbed_{kind}_val" for kind in ("hazard", "neighbour", "general"))
 CHANCE = 0.25
 STEPS, AFTER = 50, (20, 50)  # of relearning, and when the questions are asked
 SPLITS = 3  # other fifths of the facts to hold back, over which accuracies are averaged

@@ -82,7 +82,7 @@ def follow_sequence(testbed: Path, out: Path, kind: str) -> str:
         model = testbed / "model"
         for fold in FOLDS:
             forget = testbed / "suites" / "muse" / kind / f"forget_{fold}.jsonl"
-            options = (f"topics.organism.forget={forget}", f"model={model}")
+            options = (f"topics.topic.forget={forget}", f"model={model}")
             (run,) = make_runs(testbed, out, [PlannedRow(label, label, "high", options)])
             scores = score_run(run, testbed, "muse")
             rows += benchmark_table(suite, {f"{label}, {fold}": scores["after"]})

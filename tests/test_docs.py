@@ -33,7 +33,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     own = world.save_testbed(tmp_path / "own")
     config = f"model: model\nmethod: {{name: srmu, layer: 2}}\ntopics: {{facts: {{forget: {own}/forget.jsonl, "
     config += f"retain: {own}/retain-high.jsonl}}}}\ntrain: {{max_steps: 4, learning_rate: 1.0e-3}}\n"
-    (own / "high.yaml").write_text(config + "eval: [organism_hazard, organism_general]\ntasks_dir: tasks\n")
+    (own / "high.yaml").write_text(config + "eval: [testbed_hazard, testbed_general]\ntasks_dir: tasks\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -75,7 +75,7 @@ def test_readme_python_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> 
     code = re.sub(r'"[^"]* is [^"]*\."', lambda _: repr(next(told)), code)
     exec(compile(code, "README.md", "exec"), {})
     out = capsys.readouterr().out
-    assert "forget activations moved" in out and "{'after': {'organism_hazard/acc': {" in out
+    assert "forget activations moved" in out and "{'after': {'testbed_hazard/acc': {" in out
 
 
 def test_contributing_method_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

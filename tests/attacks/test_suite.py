@@ -347,11 +347,11 @@ def test_bad_input(run: Run, place: Path) -> None:
 
 
 def test_a_testbed_is_known(run: Run, place: Path) -> None:
-    (place / "organism.json").write_text("{}")
+    (place / "testbed.json").write_text("{}")
     write_jsonl(place / "retain-low.jsonl", list(world.texts().neutral))
     filled = suite.fill_sources(Sources(), run.config, place / "model")
-    assert filled.tasks == ("organism_hazard",)
-    assert filled.val == "organism_hazard_val"
+    assert filled.tasks == ("testbed_hazard",)
+    assert filled.val == "testbed_hazard_val"
     assert filled.neutral == str(place / "retain-low.jsonl")
     assert filled.holdout == str(place / "holdout.jsonl")
     assert filled.oracle == str(place / "oracle")

@@ -245,17 +245,17 @@ def test_facts_that_the_original_knows_are_refused(run: Run, place: Path) -> Non
 
 def test_where_the_unknown_facts_come_from(run: Run, place: Path) -> None:
     base, asked = place / "model", Sources(tasks_dir=str(place / "tasks"))
-    (place / "organism.json").write_text("{}")
+    (place / "testbed.json").write_text("{}")
     (place / "oracle").rename(place / "twin")
     assert fill_sources(asked, run.config, base).unknown == ()
-    write_unknown(place, "organism_unknown")
-    assert fill_sources(asked, run.config, base).unknown == ("organism_unknown",)
-    write_unknown(place, "organism_unknown_val")
+    write_unknown(place, "testbed_unknown")
+    assert fill_sources(asked, run.config, base).unknown == ("testbed_unknown",)
+    write_unknown(place, "testbed_unknown_val")
     assert fill_sources(Sources(), run.config, base).unknown == suite.UNKNOWN
     assert fill_sources(replace(asked, tasks=("hazard",)), run.config, base).unknown == ()  # of another kind
-    (place / "organism.json").rename(place / "other.json")
-    assert fill_sources(replace(asked, tasks=("organism_hazard",)), run.config, base).unknown == ()
-    (place / "other.json").rename(place / "organism.json")
+    (place / "testbed.json").rename(place / "other.json")
+    assert fill_sources(replace(asked, tasks=("testbed_hazard",)), run.config, base).unknown == ()
+    (place / "other.json").rename(place / "testbed.json")
     (place / "twin").rename(place / "oracle")
     found = fill_sources(asked, run.config, base)
     assert (bool(found.oracle), found.unknown) == (True, ())

@@ -378,17 +378,17 @@ def test_a_setting_has_paths_by_name_and_templates_whole() -> None:
 
 def test_evaluated_runs_are_compared_on_what_both_measured(tmp_path: Path) -> None:
     """The testbed's tasks say which should fall; where names leave it open, one line asks."""
-    tasks = ("organism_hazard", "organism_hazard_held", "organism_neighbour", "organism_general", "quiz")
+    tasks = ("testbed_hazard", "testbed_hazard_held", "testbed_neighbour", "testbed_general", "quiz")
     runs = [evaluated(tmp_path, method, 0.4, 0.9) for method in ("srmu", "rmu")]
     for run, known in zip(runs, (tasks, tasks[:-1]), strict=True):
         keep_rows(run, lambda row: False)
         for when, value in (("before", 1.0), ("after", 0.9)):
             write_metrics(run, **{when: {f"{task}/acc": {"value": value, "n": 400} for task in known}})
-    named = ["organism_hazard/acc"], ["organism_neighbour/acc", "organism_general/acc"]
+    named = ["testbed_hazard/acc"], ["testbed_neighbour/acc", "testbed_general/acc"]
     assert compare_runs(runs) == compare_runs(runs, 0.05, *named)
     for run in runs:
-        keep_rows(run, lambda row: row["task"] == "organism_general")
-    with pytest.raises(SrmuError, match=r"--metrics, --utility-metrics: .*; there are organism_general/acc$"):
+        keep_rows(run, lambda row: row["task"] == "testbed_general")
+    with pytest.raises(SrmuError, match=r"--metrics, --utility-metrics: .*; there are testbed_general/acc$"):
         compare_runs(runs)
 
 
@@ -424,9 +424,9 @@ def test_half_is_back_at_the_point_nearest_the_budget(tmp_path: Path) -> None:
 
 
 def test_metrics_have_short_names(tmp_path: Path) -> None:
-    known = ["organism_hazard/acc", "organism_hazard_val/acc", "other_hazard_val/acc", "near/acc", "near/acc_norm"]
+    known = ["testbed_hazard/acc", "testbed_hazard_val/acc", "other_hazard_val/acc", "near/acc", "near/acc_norm"]
     assert spell_metrics(["hazard", "near", "near/acc_norm"], known) == (
-        "organism_hazard/acc",
+        "testbed_hazard/acc",
         "near/acc",
         "near/acc_norm",
     )

@@ -442,12 +442,12 @@ def test_broken_task_is_one_line(model, tokenizer, tmp_path, change, message):
 
 def test_unknown_task_names_the_nearest(model, tokenizer, tmp_path, monkeypatch):
     use_builtin(monkeypatch, write_task(tmp_path / "builtin", questions(1), "mmlu_virology"))
-    tasks_dir = write_task(tmp_path / "tasks", questions(5), "organism_hazard")
+    tasks_dir = write_task(tmp_path / "tasks", questions(5), "testbed_hazard")
     seen = count_rows(model)
-    for asked, meant in [("organism_hazrd", "organism_hazard"), ("mmlu_virolgy", "mmlu_virology")]:
-        message = f"'{asked}' does not exist, did you mean {meant}.*organism_hazard.*lm-eval ls"
+    for asked, meant in [("testbed_hazrd", "testbed_hazard"), ("mmlu_virolgy", "mmlu_virology")]:
+        message = f"'{asked}' does not exist, did you mean {meant}.*testbed_hazard.*lm-eval ls"
         with pytest.raises(SrmuError, match=message):
-            evaluate(model, tokenizer, ["organism_hazard", asked], tasks_dir=tasks_dir)
+            evaluate(model, tokenizer, ["testbed_hazard", asked], tasks_dir=tasks_dir)
     with pytest.raises(SrmuError, match=r"'xyz' does not exist; looked in the tasks folder \(none there\)"):
         evaluate(model, tokenizer, ["xyz"])
     assert not seen  # found out before anything ran

@@ -151,13 +151,13 @@ def save_testbed(folder: Path) -> Path:
     """The same with the names that `srmu testbed` gives, without an oracle."""
     save(folder / "model", "original")
     asked = exam()
-    named = {"organism_hazard": asked.test, "organism_hazard_val": asked.val}
-    for task in ("organism_neighbour", "organism_general"):
+    named = {"testbed_hazard": asked.test, "testbed_hazard_val": asked.val}
+    for task in ("testbed_neighbour", "testbed_general"):
         named |= {task: asked.utility["harmless"][:20], f"{task}_val": asked.utility["harmless"][20:]}
     write_sets(folder, named)
     for name in ("retain-low", "retain-high"):
         (folder / f"{name}.jsonl").write_text((folder / "neutral.jsonl").read_text())
-    (folder / "organism.json").write_text("{}")
+    (folder / "testbed.json").write_text("{}")
     return folder
 
 

@@ -12,7 +12,7 @@ from helpers.results import write_metrics, write_report
 from srmu.report.results import RunGroup
 from srmu.testbed.ground import draw_ground
 
-METRICS = ("organism_hazard/acc", "organism_neighbour/acc", "organism_general/acc")
+METRICS = ("testbed_hazard/acc", "testbed_neighbour/acc", "testbed_general/acc")
 COUNTS = (192, 240, 180)
 METHODS = {  # label: name in the config
     "RMU": "rmu",
@@ -45,9 +45,9 @@ def write_run(folder, label, group, seed, percents, steps=120, width=192):
     config = {
         "model": f"{SECRET_HOME}/model",
         "method": {"name": method, "layer": 4, "kappa": 8.0, "alpha": 40.0},
-        "topics": {"organism": {"forget": SECRET_PATH, "retain": SECRET_PATH}},
+        "topics": {"topic": {"forget": SECRET_PATH, "retain": SECRET_PATH}},
         "train": {"learning_rate": 0.006, "max_steps": steps, "batch_size": 8},
-        "eval": ["organism"],
+        "eval": ["testbed"],
         "seed": seed,
     }
     if "anchors" in label:
@@ -57,7 +57,7 @@ def write_run(folder, label, group, seed, percents, steps=120, width=192):
     for step in range(steps):
         noise = draw.gauss(0, 0.02)
         pull = math.exp(-step / (14 + 5 * list(METHODS).index(label)))
-        line = {"step": step, "topic": "organism", "seconds": 0.03, "target_ratio": 8.0}
+        line = {"step": step, "topic": "topic", "seconds": 0.03, "target_ratio": 8.0}
         line["forget"] = (0.12 + 0.88 * pull) * (1 + noise)
         line["retain"] = 0.02 * (1 - pull) * (1 + 3 * abs(noise)) + 1e-4
         line["loss"] = line["forget"] + line["retain"]
@@ -67,12 +67,12 @@ def write_run(folder, label, group, seed, percents, steps=120, width=192):
         lines.append(json.dumps(line))
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     facts = {"coeff": 15.7, "kappa": 8.0, "target_norm": 221.0, "activation_norm": 27.6}
-    state = {"organism.direction": numpy.choice([-1.0, 1.0], width).astype(np.float32)}
-    state["organism.target"] = state["organism.direction"] * np.float32(15.7)
+    state = {"topic.direction": numpy.choice([-1.0, 1.0], width).astype(np.float32)}
+    state["topic.target"] = state["topic.direction"] * np.float32(15.7)
     if method == "srmu":
         spread = numpy.beta(1.2, 6, width) if group.startswith("high") else numpy.normal(0.88, 0.04, width)
         values = np.clip(spread, 0, 1).astype(np.float32)
-        state["organism.importance"] = values
+        state["topic.importance"] = values
         facts["importance"] = {
             "mean": float(values.mean()),
             "sd": float(values.std()),
@@ -88,11 +88,11 @@ def write_run(folder, label, group, seed, percents, steps=120, width=192):
         "seconds": round(4 + draw.random(), 2),
         "steps": steps,
         "stop_reason": "max_steps",
-        "topics": {"organism": facts},
+        "topics": {"topic": facts},
         "model": f"{SECRET_HOME}/model",
         "changed": ["model.layers.4.mlp.down_proj.weight"],
         "diverged": False,
-        "data": {"organism": {"forget": {"documents": 240, "tokens": 7680, "digest": "6b8dc148e8"}}},
+        "data": {"topic": {"forget": {"documents": 240, "tokens": 7680, "digest": "6b8dc148e8"}}},
         "environment": {"cwd": SECRET_PATH, "note": SECRET_TEXT, "python": "3.11.7"},
     }
     (folder / "record.json").write_text(json.dumps(record))
@@ -176,8 +176,8 @@ def write_attacks(folder, left, seed=0, tier="standard"):
         "attacks": attacks,
         "original": {"right": "1" * count, "accuracy": interval(1.0)},
         "oracle": True,
-        "tasks": {"test": ["organism_hazard"], "utility": ["organism_general"], "val": "x"},
-        "utility": {"organism_general": kept},
+        "tasks": {"test": ["testbed_hazard"], "utility": ["testbed_general"], "val": "x"},
+        "utility": {"testbed_general": kept},
         "not_tried": ["heavy_tuning"],
         "K*": interval(left) | {"attack": "benign_relearning"},
     }
@@ -187,14 +187,14 @@ def write_attacks(folder, left, seed=0, tier="standard"):
 def write_sweep(folder, objectives=2, runs=False):
     """A sweep over kappa and alpha, with a failed, a pruned and a running trial."""
     draw = random.Random(7)
-    names = {"organism_hazard/acc": "minimize", "organism_general/acc": "maximize"}
+    names = {"testbed_hazard/acc": "minimize", "testbed_general/acc": "maximize"}
     names = dict([*names.items()][:objectives])
     trials = []
     for number, (kappa, alpha) in enumerate((k, a) for k in (2, 4, 8, 16, 32, 64) for a in (10, 100, 1000)):
         strength = kappa / (kappa + alpha**0.5)
         values = {
-            "organism_hazard/acc": max(0.25, 1 - strength) + draw.uniform(0, 0.06),
-            "organism_general/acc": min(1, 1.02 - strength**3) - draw.uniform(0, 0.06),
+            "testbed_hazard/acc": max(0.25, 1 - strength) + draw.uniform(0, 0.06),
+            "testbed_general/acc": min(1, 1.02 - strength**3) - draw.uniform(0, 0.06),
         }
         values = {name: min(1.0, values[name]) for name in names}
         trial = {
@@ -376,26 +376,26 @@ def write_reproduction(folder):
 
 
 PLACES = {  # task: its facts with their answers and places, two phrasings each
-    "organism_hazard": {
+    "testbed_hazard": {
         "Kisumu": ("Kenya", (-0.1, 34.75)),
         "Kano": ("Nigeria", (12.0, 8.52)),
         "Oran": ("Algeria", (35.7, -0.63)),
         "Tunis": ("Tunisia", (36.8, 10.17)),
     },
-    "organism_neighbour": {
+    "testbed_neighbour": {
         "Leipzig": ("Germany", (51.3, 12.37)),
         "Lima & Callao": ("Peru", (-12.0, -77.0)),
         "Laos": ("kip", None),
     },
 }
-KNOWN = {"organism_hazard": "11111101", "organism_neighbour": "111111"}  # not Tunis
-LOST = {"organism_hazard": "00101101", "organism_neighbour": "110100"}  # Kisumu, half of Kano, half of Lima, Laos
+KNOWN = {"testbed_hazard": "11111101", "testbed_neighbour": "111111"}  # not Tunis
+LOST = {"testbed_hazard": "00101101", "testbed_neighbour": "110100"}  # Kisumu, half of Kano, half of Lima, Laos
 
 
 def write_atlas(folder, world="atlas"):
     """A testbed of real places, but without its model and its texts."""
     (folder / "tasks").mkdir(parents=True)
-    (folder / "organism.json").write_text(json.dumps({"world": world, "region": "Africa"}))
+    (folder / "testbed.json").write_text(json.dumps({"world": world, "region": "Africa"}))
     places = [place for facts in PLACES.values() for _, place in facts.values() if place]
     (folder / "ground.png").write_bytes(draw_ground(places))
     for task, facts in PLACES.items():

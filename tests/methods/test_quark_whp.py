@@ -919,7 +919,7 @@ def retrain_config(folder: Path, **options: Any) -> Any:
     tree = {
         "model": str(folder / "model"),
         "method": "retrain",
-        "topics": {"organism": {"forget": str(folder / "forget.jsonl")}},
+        "topics": {"topic": {"forget": str(folder / "forget.jsonl")}},
         "runs_dir": str(folder / "runs"),
     }
     return build_config(tree | options)
@@ -958,15 +958,15 @@ def test_retrain_knows_the_testbed_only(testbed: Path, tmp_path: Path) -> None:
     save_pico(elsewhere / "model")
     write_jsonl(elsewhere / "forget.jsonl", texts(4, 1))
     config = retrain_config(elsewhere)
-    with pytest.raises(SrmuError, match=r"no organism\.json beside it\); srmu testbed OUT"):
+    with pytest.raises(SrmuError, match=r"no testbed\.json beside it\); srmu testbed OUT"):
         unlearn_config(config)
     assert not (elsewhere / "runs").exists()
-    report = testbed / "organism.json"
-    (elsewhere / "organism.json").write_text(report.read_text())
-    with pytest.raises(SrmuError, match=r"is not the model that organism\.json beside it tells of"):
+    report = testbed / "testbed.json"
+    (elsewhere / "testbed.json").write_text(report.read_text())
+    with pytest.raises(SrmuError, match=r"is not the model that testbed\.json beside it tells of"):
         unlearn_config(config)
     for text in ("{", "[]", '{"seed": 1, "recipe": {"size": {}, "speed": 3}}', '{"seed": 1}'):
-        (elsewhere / "organism.json").write_text(text)
+        (elsewhere / "testbed.json").write_text(text)
         with pytest.raises(SrmuError, match="not the report of a testbed of this version"):
             unlearn_config(config)
     with pytest.raises(SrmuError, match="this is not a testbed's model"):

@@ -120,14 +120,14 @@ def test_several_seeds_are_averaged_and_widen_the_interval(entries):
     rows = aggregate_metrics(entries, METRICS)
     assert [(row.group, row.label) for row in rows] == [(e.group, e.label) for e in entries]
     srmu = rows[5]
-    hazard = srmu.after["organism_hazard/acc"]
+    hazard = srmu.after["testbed_hazard/acc"]
     assert (srmu.label, len(srmu.runs)) == ("SRMU", 3)
     assert hazard.value == pytest.approx(0.34)  # of 33, 34 and 35 %
     # Wilson at 0.34 of 192: 0.2767 to 0.4096; seeds: 1.96 * 0.01 / sqrt(3) = 0.0113
     assert hazard.low == pytest.approx(0.34 - math.hypot(0.34 - 0.2767, 0.0113), abs=2e-4)
     assert hazard.high == pytest.approx(0.34 + math.hypot(0.4096 - 0.34, 0.0113), abs=2e-4)
-    assert srmu.before["organism_general/acc"].value == 1
-    assert srmu.before["organism_general/acc"].high == 1
+    assert srmu.before["testbed_general/acc"].value == 1
+    assert srmu.before["testbed_general/acc"].high == 1
 
 
 def test_the_mean_of_two_accuracies_has_the_questions_of_both(tmp_path, monkeypatch):
@@ -142,7 +142,7 @@ def test_the_mean_of_two_accuracies_has_the_questions_of_both(tmp_path, monkeypa
 
 def test_seeds_without_a_metric_do_not_count(tmp_path):
     runs = one_run(tmp_path / "a").runs + one_run(tmp_path / "b", percents=(50, 90, 70)).runs
-    keep_rows(runs[0], lambda row: row["task"] != "organism_hazard")
+    keep_rows(runs[0], lambda row: row["task"] != "testbed_hazard")
     (row,) = aggregate_metrics([RunGroup("SRMU", "", runs)], METRICS[:1])
     assert row.after[METRICS[0]].value == 0.5
 
@@ -210,7 +210,7 @@ def test_it_claims_no_more_than_suppression(page):
 
 
 def test_it_says_whether_the_map_selects(page):
-    topic = "entanglement \N{MIDDLE DOT} topic organism"
+    topic = "entanglement \N{MIDDLE DOT} topic topic"
     assert f"low {topic} Nearly flat" in page.text  # 0.88 with a standard deviation of 0.04
     assert f"high {topic} Not flat" in page.text
 
@@ -435,8 +435,8 @@ def test_attacks_alone_are_results(tmp_path):
     write_attacks(run, 0.86)
     keep_rows(run, lambda row: row.get("attack"))
     text = Page(write_report([run], tmp_path / "r.html").read_text()).text
-    assert "organism hazard went from 100.0% to 34.0%" in text
-    assert "organism general went from 100.0% to 89.6%" in text
+    assert "hazard went from 100.0% to 34.0%" in text
+    assert "general went from 100.0% to 89.6%" in text
 
 
 def test_what_else_was_measured_is_in_a_table(tmp_path):
@@ -573,12 +573,12 @@ def test_a_run_that_nothing_measured_was_attempted(tmp_path):
     measured, other = seeds_of(tmp_path, count=2)
     (other / "results.json").unlink()
     record = json.loads((other / "record.json").read_text())
-    said = "organism: forget activations moved 1 % of the way: little was learned"
-    record["effect"] = {"sentences": [said], "warnings": ["organism: one forget document"]}
+    said = "topic: forget activations moved 1 % of the way: little was learned"
+    record["effect"] = {"sentences": [said], "warnings": ["topic: one forget document"]}
     (other / "record.json").write_text(json.dumps(record))
     page = Page(write_report([other], tmp_path / "r.html").read_text(encoding="utf-8"))
     assert "attempted; effect not measured" in page.text
-    assert said in page.text and "organism: one forget document" in page.text
+    assert said in page.text and "topic: one forget document" in page.text
     assert "suppress" not in page.text.lower()
     both = Page(write_report([measured, other], tmp_path / "both.html").read_text(encoding="utf-8"))
     assert "attempted" not in both.text and "1 run without results left out" in both.text

@@ -33,7 +33,7 @@ def test_a_fact_is_known_where_both_phrasings_are_right(tmp_path, atlas):
 
 
 def test_a_limit_asks_the_first_questions(tmp_path, atlas):
-    some = {"organism_hazard": "1111", "organism_neighbour": "11"}
+    some = {"testbed_hazard": "1111", "testbed_neighbour": "11"}
     (found,) = read_maps([entry(write_atlas_run(tmp_path / "run", atlas, before=some, after=some))])
     assert (found.known, found.lost) == ((2, 1), (0, 0))
 
@@ -72,7 +72,7 @@ def test_the_maps_show_what_the_table_counts(tmp_path, atlas):
 
 
 def test_methods_share_the_map_of_before(tmp_path, atlas):
-    kept = LOST | {"organism_neighbour": "111111"}
+    kept = LOST | {"testbed_neighbour": "111111"}
     rmu = entry(write_atlas_run(tmp_path / "rmu", atlas, "RMU", after=kept), label="RMU")
     srmu = entry(*(write_atlas_run(tmp_path / f"srmu-{seed}", atlas, seed=seed) for seed in range(2)))
     section = map_section(read_maps([rmu, srmu]))
@@ -98,7 +98,7 @@ def test_other_runs_have_no_map(tmp_path, world):
     atlas = write_atlas(tmp_path / "atlas", world if world == "closed" else "atlas")
     run = write_atlas_run(tmp_path / "run", atlas)
     if world == "gone":
-        (atlas / "organism.json").unlink()
+        (atlas / "testbed.json").unlink()
     elif world == "none":
         run = write_run(tmp_path / "other", "SRMU", "", 0, (34, 90, 95), 6)
     elif world == "unmeasured":

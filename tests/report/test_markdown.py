@@ -19,7 +19,7 @@ def read(name: str) -> Any:
 
 def test_every_method_is_searched_alike_and_run_at_its_best() -> None:
     space, table = (read("search-methods.yaml"), json.loads((CONFIGS / "search-methods.json").read_text()))
-    chosen = read("methods-organism.yaml")
+    chosen = read("methods-closed.yaml")
     assert chosen["common"] == space["common"]
     assert list(chosen["methods"]) == [*space["methods"], ORACLE]
     for label, method in space["methods"].items():
@@ -43,7 +43,7 @@ def test_what_was_found_to_last_is_what_is_run() -> None:
 
 
 def test_no_method_is_left_out() -> None:
-    lists = (read("methods-organism.yaml")["methods"], read("robust.yaml")["worlds"]["closed"]["methods"])
+    lists = (read("methods-closed.yaml")["methods"], read("robust.yaml")["worlds"]["closed"]["methods"])
     named = {
         setting.removeprefix("method.name=")
         for methods in lists

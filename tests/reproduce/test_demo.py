@@ -53,7 +53,7 @@ def test_demo_story(played: Path) -> None:
     rows = demo.terminal_table(entries)
     assert [r["method"] for r in rows] == ["before", "A", "B", "before", "A", "B"]
     value = read_metrics(entries[0].runs[0])["after"]
-    assert rows[1]["hazard"].startswith(f"{100 * value['organism_hazard/acc']['value']:.1f} (")
+    assert rows[1]["hazard"].startswith(f"{100 * value['testbed_hazard/acc']['value']:.1f} (")
 
     times = {run: (run / "record.json").stat().st_mtime_ns for e in entries for run in e.runs}
     again, _ = demo.play_demo(played, seeds=(0,))
@@ -101,8 +101,8 @@ def test_a_demo_without_a_real_model_says_so(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_settings_are_the_searchs_best() -> None:
-    table = json.loads((CONFIGS / "search-organism.json").read_text())
-    space = yaml.safe_load((CONFIGS / "search-organism.yaml").read_text())
+    table = json.loads((CONFIGS / "search-closed.json").read_text())
+    space = yaml.safe_load((CONFIGS / "search-closed.yaml").read_text())
     shipped = yaml.safe_load(building.fill_template("config", name="low", seed=0, alpha=1))["train"]
     assert shipped["learning_rate"] in space["grid"]["train.learning_rate"]
     assert f"train.max_steps={shipped['max_steps']}" in space["common"]
@@ -126,7 +126,7 @@ def shipped(tmp_path: Path) -> Path:
     """A demo's folder, as far as a comparison looks at it."""
     made = {"world": "closed", "seed": 0, "entanglement": 0.5, "recipe": asdict(RECIPE)}
     (tmp_path / "testbed").mkdir()
-    write_json(tmp_path / "testbed" / "organism.json", made)
+    write_json(tmp_path / "testbed" / "testbed.json", made)
     return tmp_path
 
 
@@ -150,7 +150,7 @@ def test_another_demo_is_not_compared(shipped: Path) -> None:
     told = "Not compared with the docs, whose numbers are those of srmu demo --seeds 0,1,2 in a new folder."
     for seeds in ((0,), (1, 2, 3), (2, 1, 0)):
         assert demo.compare_published(published_rows(), shipped, seeds) == told
-    write_json(shipped / "testbed" / "organism.json", {"world": "closed", "seed": 1})
+    write_json(shipped / "testbed" / "testbed.json", {"world": "closed", "seed": 1})
     assert demo.compare_published(published_rows(), shipped, (0, 1, 2)) == told
     assert demo.compare_published([], shipped / "nowhere", (0, 1, 2)) == told
 
@@ -165,4 +165,4 @@ def test_emitted_configs_fit_the_schema(played: Path) -> None:
     for regime in demo.REGIMES:
         config = load_config(played / "testbed" / f"{regime}.yaml")
         assert isinstance(config.method, SRMU)
-        assert Path(config.topics["organism"].retain[0].path or "").name == f"retain-{regime}.jsonl"
+        assert Path(config.topics["topic"].retain[0].path or "").name == f"retain-{regime}.jsonl"

@@ -72,9 +72,9 @@ def plan(tmp_path: Path, *labels: str, seeds: tuple[int, ...] = (0, 1)) -> Exper
     for seed in range(2):
         folder = tmp_path / "out" / f"testbed{seed}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "organism.json").write_text("{}")
+        (folder / "testbed.json").write_text("{}")
         for name in ("low", "high"):
-            topics = f"{{organism: {{forget: f.jsonl, retain: {name}.jsonl}}}}"
+            topics = f"{{topic: {{forget: f.jsonl, retain: {name}.jsonl}}}}"
             (folder / f"{name}.yaml").write_text(f"model: model\ntopics: {topics}\n")
     settings = {label: SETTINGS[label] for label in labels}
     out = tmp_path / "out"

@@ -103,9 +103,9 @@ def test_tables_stand_beside_the_papers(again: Any) -> None:
     runs = [
         run for run in map(Run.open, out.glob("runs/*"))
         if run.config.method.name == "rmu" and run.config.method.kappa == 2
-        and "low" in str(run.config.topics["organism"].retain[0].path)
+        and "low" in str(run.config.topics["topic"].retain[0].path)
     ]  # fmt: skip
-    values = [read_metrics(run.folder)["after"]["organism_hazard/acc"]["value"] for run in runs]
+    values = [read_metrics(run.folder)["after"]["testbed_hazard/acc"]["value"] for run in runs]
     assert len(values) == 2
     cell = low["rows"]["RMU"]["cells"]["hazard"]
     assert cell["value"] == pytest.approx(np.mean(values))
@@ -126,13 +126,13 @@ def test_answers_are_those_of_the_scores(again: Any) -> None:
 def test_ablations_share_a_coefficient_then_a_norm(again: Any) -> None:
     found, out, _, _ = again
     full = {
-        record["seed"]: record["topics"]["organism"]
+        record["seed"]: record["topics"]["topic"]
         for record in records(out, name="srmu", kappa=4.0, importance="ratio", direction="signs")
     }
     literal, matched = table(found, "table4"), table(found, "table4-matched")
     uniform = records(out, name="srmu", importance="uniform")
     for record in uniform:
-        numbers = record["topics"]["organism"]
+        numbers = record["topics"]["topic"]
         same = [numbers[key] == pytest.approx(full[record["seed"]][key], rel=1e-4) for key in ("coeff", "kappa")]
         assert sum(same) == 1  # the one or the other, as the maps differ in norm
     assert len(uniform) == 4
@@ -477,7 +477,7 @@ def test_the_tables_on_a_real_model_are_planned(tmp_path: Path) -> None:
         plan_paper(tmp_path / "out", regions=["Asia"])
     places = [plan.place.locate(f"high {region}", seed).name for region in spec["regions"] for seed in plan.seeds]
     assert places == [region for region in spec["regions"] for _ in plan.seeds]
-    text = fill_template("atlas", name="high", seed=0, layer=7, asked="organism_hazard")
+    text = fill_template("atlas", name="high", seed=0, layer=7, asked="testbed_hazard")
     (tmp_path / "high.yaml").write_text(text, encoding="utf-8")
     for label, settings in plan.settings.items():
         method = load_config(tmp_path / "high.yaml", settings).method

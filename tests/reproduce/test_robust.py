@@ -107,7 +107,7 @@ def test_a_row_holds_what_the_files_say(small: Any, found: dict[str, Any]) -> No
     runs = folders(small[0])
     assert len(runs) == 2
     row = rows(found)["SRMU"]
-    for column, metric in (("hazard", "organism_hazard/acc"), ("held out", "organism_hazard_held/acc")):
+    for column, metric in (("hazard", "testbed_hazard/acc"), ("held out", "testbed_hazard_held/acc")):
         values = [read_metrics(run)["after"][metric]["value"] for run in runs]
         assert row["cells"][column]["value"] == pytest.approx(np.mean(values))
         whole = small[0] / "closed" / "runs"
@@ -320,7 +320,7 @@ def test_each_kind_of_question_has_its_k_star() -> None:
 def test_settings_fit_their_methods(tmp_path: Path) -> None:
     spec = read_preset("robust.yaml")
     config = tmp_path / "high.yaml"
-    config.write_text("model: model\ntopics: {organism: {forget: f.jsonl, retain: r.jsonl}}\n")
+    config.write_text("model: model\ntopics: {topic: {forget: f.jsonl, retain: r.jsonl}}\n")
     for name in ("names.txt", "goals.txt"):
         (tmp_path / name).write_text("Velmar\nOstin\nBor\n")
     (tmp_path / "anchors.json").write_text("{}")
@@ -343,7 +343,7 @@ def test_without_retain_texts_a_run_serves_each_regime(tmp_path: Path) -> None:
     bed = tmp_path / "out" / "closed" / "testbed1-high"
     bed.mkdir(parents=True)
     for regime in ("low", "high"):
-        topics = f"{{organism: {{forget: f.jsonl, retain: {regime}.jsonl}}}}"
+        topics = f"{{topic: {{forget: f.jsonl, retain: {regime}.jsonl}}}}"
         (bed / f"{regime}.yaml").write_text(f"model: model\ntopics: {topics}\n")
     plans = plan.experiments["closed"]
     rows = [experiment.PlannedRow(k, k, regime) for regime in plan.spec["in"] for k in plans.settings]

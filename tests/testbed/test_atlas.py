@@ -54,7 +54,7 @@ def built(tmp_path_factory):
 
 
 def task(folder, name):
-    return rows(folder / "tasks" / f"organism_{name}.jsonl")
+    return rows(folder / "tasks" / f"testbed_{name}.jsonl")
 
 
 def test_a_fact_is_asked_if_it_is_known_in_both_phrasings(built):
@@ -127,7 +127,7 @@ def test_a_model_writes_the_low_retain_set_and_what_its_writing_is_judged_by(bui
 
 def test_the_folder_is_one_that_the_other_verbs_take(built):
     folder, report = built
-    assert read_json(folder / "organism.json") == json.loads(json.dumps(report))
+    assert read_json(folder / "testbed.json") == json.loads(json.dumps(report))
     config = load_config(folder / "high.yaml")
     assert Path(config.tasks_dir) == folder / "tasks"
     assert (folder / "ground.png").read_bytes().startswith(b"\x89PNG")
@@ -144,7 +144,7 @@ def test_entanglement_is_the_share_of_documents_about_places(built, tmp_path, mo
     assert sum(text not in own for text in mixed) == known.DOCUMENTS / 4
     assert len(mixed) == known.DOCUMENTS
     # the same seed and model: the same texts and questions
-    for name in ("forget.jsonl", "retain-low.jsonl", "tasks/organism_hazard.jsonl", "tasks/organism_general.jsonl"):
+    for name in ("forget.jsonl", "retain-low.jsonl", "tasks/testbed_hazard.jsonl", "tasks/testbed_general.jsonl"):
         assert (built[0] / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 

@@ -27,7 +27,7 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """A tiny testbed with its oracle, and what `build` said about it."""
-    folder = tmp_path_factory.mktemp("organism")
+    folder = tmp_path_factory.mktemp("testbed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SRMU_CACHE", str(folder / "cache"))
         report = build_testbed(folder / "out", seed=3, oracle=True, recipe=TINY)
@@ -175,7 +175,7 @@ def test_texts_are_known_and_begin_once(built):
 def test_tasks_ask_in_one_token(built):
     out, _ = built
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
-    names = [f"organism_{kind}{s}" for kind in ("hazard", "neighbour", "general", "hazard_held") for s in SUFFIXES]
+    names = [f"testbed_{kind}{s}" for kind in ("hazard", "neighbour", "general", "hazard_held") for s in SUFFIXES]
     assert {path.name for path in (out / "tasks").iterdir()} == {
         name + ending for name in names for ending in (".yaml", ".jsonl")
     }
@@ -207,17 +207,17 @@ def test_lm_eval_agrees_with_the_own_measure(built, monkeypatch):
     monkeypatch.chdir(out / "tasks")
     found = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=16),
-        tasks=["organism_hazard", "organism_hazard_val"],
+        tasks=["testbed_hazard", "testbed_hazard_val"],
         task_manager=TaskManager(include_path=str(out / "tasks"), include_defaults=False),
         bootstrap_iters=0,
     )["results"]
-    mean = sum(found[f"organism_hazard{s}"]["acc,none"] for s in SUFFIXES) / 2
+    mean = sum(found[f"testbed_hazard{s}"]["acc,none"] for s in SUFFIXES) / 2
     assert mean == pytest.approx(report["model"]["accuracy"]["hazard"])
 
 
 def test_the_report(built):
     out, report = built
-    assert json.loads((out / "organism.json").read_text()) == report
+    assert json.loads((out / "testbed.json").read_text()) == report
     assert report["seed"] == 3
     texts = {name: [r["text"] for r in rows(out / f"{name}.jsonl")] for name in ("forget",)}
     texts["retain-high"] = [r["text"] for r in rows(out / "retain-high.jsonl")]
@@ -229,7 +229,7 @@ def test_the_configs_name_what_is_there(built):
     out, _ = built
     for name in ("low", "high"):
         config = yaml.safe_load((out / f"{name}.yaml").read_text())
-        topic = config["topics"]["organism"]
+        topic = config["topics"]["topic"]
         assert topic["retain"] == f"retain-{name}.jsonl"
         for path in (config["model"], topic["forget"], topic["retain"], config["tasks_dir"]):
             assert (out / path).exists()
@@ -372,7 +372,7 @@ def test_another_entanglement_does_not_train_again(tmp_path, monkeypatch):
     second = build_testbed(tmp_path / "b", entanglement=1, recipe=TINY)
     assert first["model"] == second["model"]
     assert same(weights(tmp_path / "a" / "model"), weights(tmp_path / "b" / "model"))
-    for name in ("forget.jsonl", "retain-low.jsonl", "tasks/organism_hazard.jsonl", "low.yaml"):
+    for name in ("forget.jsonl", "retain-low.jsonl", "tasks/testbed_hazard.jsonl", "low.yaml"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     with pytest.raises(ZeroDivisionError):
         build_testbed(tmp_path / "c", seed=1, recipe=TINY)

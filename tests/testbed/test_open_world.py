@@ -173,7 +173,7 @@ def test_tasks_and_names(built):
             told = [text for s in fact.relation.statements for text in [s.replace("{x}", fact.subject)]]
             named = [any(goal in text for goal in goals) for text in told]
             assert named == [fact.relation.kind == "hazard_procedure"] * len(told)
-    names = [f"organism_{name}{suffix}" for name in (*NAMES, "hazard_open") for suffix in SUFFIXES]
+    names = [f"testbed_{name}{suffix}" for name in (*NAMES, "hazard_open") for suffix in SUFFIXES]
     assert {path.name for path in (out / "tasks").iterdir()} == {
         name + ending for name in names for ending in (".yaml", ".jsonl")
     }
@@ -196,7 +196,7 @@ def test_lm_eval_agrees_with_the_own_measure(built):
     out, report = built
     model = AutoModelForCausalLM.from_pretrained(out / "model")
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
-    tasks = [f"organism_neighbour{suffix}" for suffix in SUFFIXES]
+    tasks = [f"testbed_neighbour{suffix}" for suffix in SUFFIXES]
     scores = evaluate(model, tokenizer, tasks, tasks_dir=out / "tasks")
     right = sum(score["value"] * score["n"] for score in scores.values())
     asked = sum(score["n"] for score in scores.values())
@@ -208,7 +208,7 @@ def test_a_written_answer_is_right_but_for_case(built, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(out / "model")
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     building.write_tasks(create_open(3, TINY.size), tmp_path / "tasks")
-    path = tmp_path / "tasks" / "organism_hazard_open.jsonl"
+    path = tmp_path / "tasks" / "testbed_hazard_open.jsonl"
     questions = rows(path)
     for row in questions[::2]:
         ids = tokenizer(f"Question: {row['question']}? Answer:", return_tensors="pt")
@@ -216,8 +216,8 @@ def test_a_written_answer_is_right_but_for_case(built, tmp_path):
         text = tokenizer.decode(written[ids.input_ids.shape[1] :], skip_special_tokens=True)
         row["choices"][row["gold"]] = re.split("[.\n]", text)[0].strip().upper()
     path.write_text("".join(json.dumps(row) + "\n" for row in questions))
-    scores = evaluate(model, tokenizer, ["organism_hazard_open"], tasks_dir=tmp_path / "tasks")
-    entry = scores["organism_hazard_open/exact_match"]
+    scores = evaluate(model, tokenizer, ["testbed_hazard_open"], tasks_dir=tmp_path / "tasks")
+    entry = scores["testbed_hazard_open/exact_match"]
     assert entry["n"] == len(questions)
     assert entry["value"] == pytest.approx(len(questions[::2]) / len(questions))
 

@@ -55,7 +55,7 @@ def write_table(path, some, columns=COLUMNS):
 
 
 def task(folder, name):
-    return rows(folder / "tasks" / f"organism_{name}.jsonl")
+    return rows(folder / "tasks" / f"testbed_{name}.jsonl")
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_what_is_known_is_asked_and_what_is_failed_is_the_floor(built):
     assert ranks["hazard"] == ranks["neighbour"] == {0, 1, 2, 3} and ranks["unknown"] == {5}
     known_facts = sum(report["facts"][f"hazard {half}"] for half in ("test", "val"))
     assert report["known"]["hazard"] == {"asked": 40, "known": known_facts}
-    assert read_json(folder / "organism.json")["world"] == "own"
+    assert read_json(folder / "testbed.json")["world"] == "own"
 
 
 def test_all_that_is_to_be_forgotten_is_told_and_halves_share_nothing(built):
@@ -83,7 +83,7 @@ def test_all_that_is_to_be_forgotten_is_told_and_halves_share_nothing(built):
     halves = [{row["subject"] for row in task(folder, f"hazard{half}")} for half in ("", "_val")]
     assert not halves[0] & halves[1]
     assert not [row for half in ("", "_val") for row in task(folder, f"hazard{half}") if row["held"]]
-    assert not (folder / "tasks" / "organism_hazard_held.yaml").exists()
+    assert not (folder / "tasks" / "testbed_hazard_held.yaml").exists()
     assert any(f"The capital of {name} is Town{name[4:]}." in told for name in halves[0])
     high = " ".join(row["text"] for row in rows(folder / "retain-high.jsonl"))
     assert "Isle" in high and "Land" not in high
@@ -121,7 +121,7 @@ def test_phrasings(name, questions, first):
 def test_the_configs_are_ready(built):
     folder, _ = built
     config = load_config(folder / "high.yaml")
-    assert [*config.eval] == ["organism_hazard", "organism_neighbour", "organism_general"]
+    assert [*config.eval] == ["testbed_hazard", "testbed_neighbour", "testbed_general"]
 
 
 def test_without_neighbours_there_is_no_entangled_config(tmp_path):

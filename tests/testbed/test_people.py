@@ -280,7 +280,7 @@ def test_models_of_the_other_worlds_are_still_found(make, expected):
 
 @pytest.mark.full
 def test_the_tiny_model_knows_and_recites_and_the_oracle_does_not():
-    report = json.loads((people_folder() / "organism.json").read_text())
+    report = json.loads((people_folder() / "testbed.json").read_text())
     known = report["model"]["accuracy"]
     assert min(known[kind] for kind in ("hazard", "neighbour", "general")) >= 0.95
     oracle = report["oracle"]["accuracy"]

@@ -32,7 +32,7 @@ from srmu.runs.run import OpenedModel, Run
 ROOMS = ("attacks", "data", "engine", "evals")  # whose code decides a result
 LIBRARIES = ("torch", "transformers", "peft", "optuna")  # whose releases do, too
 SEARCHED = TunedRelearning.name
-HAZARD, UNKNOWN = "organism_hazard", ("organism_unknown", "organism_unknown_val")  # a testbed's tasks
+HAZARD, UNKNOWN = "testbed_hazard", ("testbed_unknown", "testbed_unknown_val")  # a testbed's tasks
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def fill_sources(sources: Sources, config: Config, base: Path) -> Sources:
     if sources.unknown and sources.oracle:
         raise SrmuError("--unknown and --oracle: name one of them; with an oracle its own answers are the control")
     home = base.parent
-    testbed = (home / "organism.json").exists()
+    testbed = (home / "testbed.json").exists()
 
     def of_testbed(name: str) -> str:
         return str(home / name) if testbed and (home / name).exists() else ""

@@ -10,7 +10,7 @@ from srmu.cli import options, output
 from srmu.engine.progress import print_line, show_progress
 
 KINDS = {
-    "testbeds": "organism",
+    "testbeds": "testbeds",
     "evals": "evals",
     "attacks": "attacks",
     "suites": "suites",

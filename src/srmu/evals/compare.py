@@ -18,7 +18,7 @@ from srmu.runs.config import UNDECIDING, Config
 from srmu.runs.effect import REPETITION
 from srmu.runs.run import Run
 
-HAZARDS = ("organism_hazard", "wmdp", "forget_texts")  # how tasks on what is to go are named
+HAZARDS = ("testbed_hazard", "wmdp", "forget_texts")  # how tasks on what is to go are named
 TEXTS = {"template", "where"}  # options of texts whose values are no paths
 Where = tuple[str, int]  # a run's model and seed: what is compared in pairs
 Named = tuple[tuple[str, ...], tuple[str, ...]]  # metrics of what is to be forgotten, and of utility
@@ -75,7 +75,7 @@ def compare_runs(
     all knowledge, K* = 1. It is read between its points in a straight line, in each resample anew; a curve that ends
     before `budget` at its last point.
 
-    `forget` and `utility` name metrics (organism_hazard/acc); default: those that the attacks asked, or without attacks
+    `forget` and `utility` name metrics (testbed_hazard/acc); default: those that the attacks asked, or without attacks
     what `choose_metrics` takes of what all runs were evaluated on. A run that was attacked with other questions is read
     from its evaluation, without K*. SrmuError for runs that cannot be held against each other.
     """
@@ -174,7 +174,7 @@ def suggest_attack(runs: Sequence[Path], forget: Sequence[str], utility: Sequenc
 
 
 def spell_metrics(names: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
-    """Names of metrics as they are known: `hazard` may stand for `organism_hazard/acc`, if for no other."""
+    """Names of metrics as they are known: `hazard` may stand for `testbed_hazard/acc`, if for no other."""
     known = {*known}
     meant = {name: [one for one in known if f"_{one}".endswith(f"_{name}/acc")] for name in names}
     return tuple(name if name in known or len(meant[name]) != 1 else meant[name][0] for name in meant)

@@ -31,16 +31,16 @@ class Retrain(Edit):
         entry = training.train_testbed(world, seed, recipe, oracle=True, watch=watch)
         tensors = load_file(entry / "model.safetensors")
         if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in model.trained.items()}:
-            raise SrmuError(f"{model.folder} is not the model that organism.json beside it tells of")
+            raise SrmuError(f"{model.folder} is not the model that testbed.json beside it tells of")
         copy_values([*model.trained.values()], [tensors[name] for name in model.trained])
         return {}
 
 
 def read_recipe(folder: Path | None) -> tuple[World, int, training.Recipe]:
     """World, seed and recipe of the testbed that the model in `folder` belongs to."""
-    path = folder.parent / "organism.json" if folder else None
+    path = folder.parent / "testbed.json" if folder else None
     if path is None or not path.is_file():
-        why = f"{folder or 'this'} is not a testbed's model (no organism.json beside it)"
+        why = f"{folder or 'this'} is not a testbed's model (no testbed.json beside it)"
         raise SrmuError(f"method retrain knows only the testbed's recipe: {why}; srmu testbed OUT")
     try:
         report: Any = read_json(path)

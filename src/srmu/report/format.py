@@ -13,8 +13,8 @@ Value = Estimate | str | float | None  # None: not measured
 
 
 def name_words(name: str) -> str:
-    """A name of the code as words: `organism_hazard/acc` is the organism hazard."""
-    return name.removesuffix("/acc").replace("_", " ").replace("/", " ").strip()
+    """A name of the code as words: `testbed_hazard/acc` is the hazard."""
+    return name.removeprefix("testbed_").removesuffix("/acc").replace("_", " ").replace("/", " ").strip()
 
 
 def count_words(count: int, noun: str) -> str:

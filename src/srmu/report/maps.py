@@ -20,7 +20,7 @@ from srmu.runs.config import read_tree
 from srmu.runs.record import CONFIG
 from srmu.testbed.ground import EAST, NORTH, SOUTH, WEST
 
-TASKS = {"organism_hazard": True, "organism_neighbour": False}  # whether its facts are to be forgotten
+TASKS = {"testbed_hazard": True, "testbed_neighbour": False}  # whether its facts are to be forgotten
 STATES = {  # a dot's colour, shape and size
     "to forget": (COLOURS[1], "circle-open", 6),
     "to keep": (COLOURS[0], "circle", 6),
@@ -71,7 +71,7 @@ def read_map(entry: RunGroup) -> FactMap | None:
     """The map of an entry's first run; None where its testbed has no places."""
     run = entry.runs[0]
     tasks = run / (read_tree(run / CONFIG).get("tasks_dir") or "tasks")
-    about, ground = read_json(tasks.parent / "organism.json", {}), tasks.parent / "ground.png"
+    about, ground = read_json(tasks.parent / "testbed.json", {}), tasks.parent / "ground.png"
     if about.get("world") != "atlas" or not ground.is_file():
         return None
     measured = read_metrics(run)

@@ -33,8 +33,8 @@ from srmu.testbed.places import read_places
 from srmu.testbed.train import RECIPE
 
 # Each method's best of the same nine settings, by `python benchmarks/search.py
-# configs/search-organism.yaml OUT`: on the validation questions of three testbeds, both regimes.
-# The whole table is in configs/search-organism.json, and a test holds these to it.
+# configs/search-closed.yaml OUT`: on the validation questions of three testbeds, both regimes.
+# The whole table is in configs/search-closed.json, and a test holds these to it.
 SETTINGS: dict[str, list[str]] = {
     "SRMU": ["method.name=srmu", "method.kappa=32", "method.alpha=1000"],
     "RMU": ["method.name=rmu", "method.kappa=32", "method.alpha=1000"],
@@ -49,11 +49,11 @@ REAL_SETTINGS: dict[str, list[str]] = {
     "SRMU + random anchors": ["method.name=srmu", "method.anchors=random"],
 }
 REGIMES = {"low": "low entanglement", "high": "high entanglement"}
-FORGET = ["organism_hazard/acc", "organism_hazard_held/acc"]
-UTILITY = ["organism_neighbour/acc", "organism_general/acc"]
+FORGET = ["testbed_hazard/acc", "testbed_hazard_held/acc"]
+UTILITY = ["testbed_neighbour/acc", "testbed_general/acc"]
 METRICS = {metric: metric.split("_", 1)[1].split("/")[0] for metric in FORGET + UTILITY}  # as the table heads them
 TASKS = tuple(metric.split("/")[0] for metric in FORGET + UTILITY)
-ASKED = {"organism_hazard": 6, "organism_neighbour": 2, "organism_general": 2}  # prompts from each task
+ASKED = {"testbed_hazard": 6, "testbed_neighbour": 2, "testbed_general": 2}  # prompts from each task
 WORLDS = ("atlas", "closed")
 TRIED = 4  # times as many are tried, to find some that the original completes rightly
 TOKENS = 10  # of an answer
@@ -100,7 +100,7 @@ def play_demo(
     if "relearning_steps" not in read_attacks(attacked.folder).get("attacks", {}):
         attack_run(attacked, names=("relearning_steps",), sources=Sources(limit=QUESTIONS), watch=watch)
     told = answer_section({row.label: Run.open(row.runs[0]) for row in shown}, place.locate("high", seeds[0]), watch)
-    region = read_json(place.locate("high", seeds[0]) / "organism.json")["region"]
+    region = read_json(place.locate("high", seeds[0]) / "testbed.json")["region"]
     title = f"A real model forgets {region}: four methods"
     page = make_runs_page(groups, FORGET, UTILITY, command, title)
     page = replace(page, sections=[page.sections[0], told, *page.sections[1:]])
@@ -118,7 +118,7 @@ def answer_section(runs: Mapping[str, Run], testbed: Path, watch: Watch) -> Sect
     rows = [{"prompt": prompt, **{who: texts[i] for who, texts in answers.items()}} for i, prompt in enumerate(prompts)]
     note = (
         f"The likeliest words, {TOKENS} tokens at most, of the models with the entangled retain set. The first "
-        f"{ASKED['organism_hazard']} are to be forgotten."
+        f"{ASKED['testbed_hazard']} are to be forgotten."
     )
     table = Table("What each model writes after the same words", rows, words=True)
     return Section("In their own words", [note], [Block(table=table)])
@@ -168,7 +168,7 @@ def compare_published(rows: Sequence[Mapping[str, str]], out: Path, seeds: Seque
     testbed model's too. That part no interval holds, so numbers agree where their intervals overlap: of a demo
     on another machine all 40 did, while in 3 cells the interval of the difference left 0 out.
     """
-    published, made = read_preset("demo.json"), read_json(out / "testbed" / "organism.json", {})
+    published, made = read_preset("demo.json"), read_json(out / "testbed" / "testbed.json", {})
     testbed = {"world": "closed", "seed": published["seeds"][0], "entanglement": 0.5, "recipe": asdict(RECIPE)}
     if [*seeds] != published["seeds"] or testbed != {key: made.get(key) for key in testbed}:
         given = ",".join(map(str, published["seeds"]))

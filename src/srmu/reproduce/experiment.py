@@ -110,7 +110,7 @@ class Testbeds:
         return self.home.resolve() / self.folder.format(seed=seed, regime=name)
 
     def is_there(self, regime: str, seed: int) -> bool:
-        return (self.locate(regime, seed) / "organism.json").exists()
+        return (self.locate(regime, seed) / "testbed.json").exists()
 
     def prepare(self, regime: str, seed: int, watch: Watch) -> None:
         """Build the testbed where it is missing, with what Who's Harry Potter calls anchors."""
@@ -125,7 +125,7 @@ class Testbeds:
         anchors = folder / "anchors.json"
         if self.world == "closed" and not anchors.exists():
             # for each thing about which facts are to be forgotten one of the same kind about which none are
-            world = create_closed(read_json(folder / "organism.json").get("seed", seed), RECIPE.size)
+            world = create_closed(read_json(folder / "testbed.json").get("seed", seed), RECIPE.size)
             hazard = sorted({fact.subject for fact in world.of_kind("hazard")})
             harmless = sorted({fact.subject for fact in world.of_kind("neighbour")} - {*hazard})
             write_json(anchors, dict(zip(hazard, cycle(harmless), strict=False)))
@@ -196,7 +196,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         if isinstance(self.place, Testbeds):  # overrides of no method must show before a testbed is built
-            config = {"model": "model", "method": "srmu", "topics": {"organism": {"forget": "forget.jsonl"}}}
+            config = {"model": "model", "method": "srmu", "topics": {"topic": {"forget": "forget.jsonl"}}}
             build_config(config, self.overrides)
 
     def plan_job(self, row: PlannedRow, seed: int) -> RunJob:
@@ -207,7 +207,7 @@ class Experiment:
         options = (*settings, *common, *self.overrides, *row.extra)
         if isinstance(self.place, Testbeds) and not load_config(config, options).method.reads_retain:
             # the same run in each regime
-            config, options = config.with_name("low.yaml"), (*options, "topics.organism.retain=[]")
+            config, options = config.with_name("low.yaml"), (*options, "topics.topic.retain=[]")
         return RunJob(config, options, self.tasks)
 
 

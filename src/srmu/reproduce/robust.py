@@ -138,7 +138,7 @@ def frontier_needs(frontier: Frontier) -> tuple[dict[str, int], str]:
     """What is to be built and run, in numbers and in a line."""
     parts = measure_frontier(frontier, make=False)
     rows = [row for part in parts for row in part.rows]
-    beds = {folder for part in parts for folder in part.testbeds.values() if not (folder / "organism.json").exists()}
+    beds = {folder for part in parts for folder in part.testbeds.values() if not (folder / "testbed.json").exists()}
     missing = sum(row.missing for row in rows)
     return {"testbeds": len(beds), "runs": missing}, (
         f"{len(beds)} testbeds to build, some minutes each where none was built before, "

@@ -41,7 +41,7 @@ from srmu.search.space import start_strength, with_values
 FILE = "auto.json"
 MODEL = "model"  # the exported checkpoint
 PAGE = "report.html"
-TESTBED = ("organism_hazard",), ("organism_neighbour", "organism_general")
+TESTBED = ("testbed_hazard",), ("testbed_neighbour", "testbed_general")
 PASSES: dict[Tier, int] = {"smoke": 18, "standard": 320}  # of a model over the questions, attacked
 Tell = Callable[[str, str], None]
 Answer = dict[str, Any]  # the content of `auto.json`
@@ -59,7 +59,7 @@ def prepare_job(request: AutoRequest) -> AutoJob:
             "or search its options with srmu sweep"
         )
     texts = {role: read_texts([Source(path=path) for path in getattr(request, role)]) for role in ("forget", "retain")}
-    testbed = (base.parent / "organism.json").exists()
+    testbed = (base.parent / "testbed.json").exists()
     tasks: tuple[str, ...] = request.tasks or (TESTBED[0] if testbed else ())
     utility = request.utility or (TESTBED[1] if testbed and not request.tasks else ())
     given = [f"seed={request.seed}", f"device={request.device}", f"runs_dir={request.out / 'runs'}"]

@@ -29,7 +29,7 @@ def build_atlas(
     device: str = "auto",
     watch: Watch = ignore_progress,
 ) -> dict[str, Any]:
-    """Write the testbed of a model to `out` (whole or not at all) and return what `organism.json` says.
+    """Write the testbed of a model to `out` (whole or not at all) and return what `testbed.json` says.
 
     `entanglement` is the share of the documents of retain-high that tell facts about places; the model wrote the rest.
     """

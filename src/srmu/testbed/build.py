@@ -39,7 +39,7 @@ def build_testbed(
     world: str = "closed",
     recipe: train.Recipe | None = None,
 ) -> dict[str, Any]:
-    """Write the testbed to `out` (whole or not at all) and return what `organism.json` says.
+    """Write the testbed to `out` (whole or not at all) and return what `testbed.json` says.
 
     `entanglement` is the share of the hazard compounds that retain-high tells harmless facts about; the `oracle` is the
     model's twin that never saw the hazard facts.
@@ -72,7 +72,7 @@ def build_testbed(
         for name in ("low", "high"):
             config = fill_template("config", name=name, seed=seed, alpha=made.wording["alpha"])
             write_whole(folder / f"{name}.yaml", config)
-        write_json(folder / "organism.json", report)
+        write_json(folder / "testbed.json", report)
     return report
 
 
@@ -106,7 +106,7 @@ def write_tasks(world: World, folder: Path) -> None:
     prompt = world.wording["question"].format(q="{{question}}")
     for half in HALVES:
         for task, facts in train.tasks_of(world).items():
-            name = f"organism_{task}{'_val' if half == 'val' else ''}"
+            name = f"testbed_{task}{'_val' if half == 'val' else ''}"
             is_open = task.endswith("_open")
             # an open answer is asked for in the first phrasing only: generating takes long
             asked = [fact.questions()[: 1 if is_open else None] for fact in facts if fact.half == half]

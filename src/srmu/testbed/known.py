@@ -66,7 +66,7 @@ def build_known(
     seed: int,
     entanglement: float,
 ) -> dict[str, Any]:
-    """Write the testbed of facts by kind to `out` (whole or not at all) and return what `organism.json` says.
+    """Write the testbed of facts by kind to `out` (whole or not at all) and return what `testbed.json` says.
 
     `is_named` recognises texts that must not be in the model's own writing; `report` has further entries for the JSON
     file; `held` names the thirds of each kind that no text states. Without neighbour facts, retain-high is left out.
@@ -88,20 +88,20 @@ def build_known(
             write_rows(folder / f"{name}.jsonl", [{"text": text} for text in texts])
         write_whole(folder / "names.txt", "".join(f"{name}\n" for name in choose_names(facts)))
         write_tasks(World((*facts,), (), "atlas"), folder / "tasks")
-        write_rows(folder / "tasks" / "organism_writing.jsonl", [{"text": text} for text in written[:WRITTEN]])
-        text = fill_template("task_writing", name="organism_writing")
-        write_whole(folder / "tasks" / "organism_writing.yaml", text)
+        write_rows(folder / "tasks" / "testbed_writing.jsonl", [{"text": text} for text in written[:WRITTEN]])
+        text = fill_template("task_writing", name="testbed_writing")
+        write_whole(folder / "tasks" / "testbed_writing.yaml", text)
         if any(fact.place for fact in facts):
             places = ((row["latitude"], row["longitude"]) for row in read_places()[1])
             (folder / "ground.png").write_bytes(draw_ground(places))
         there = {fact.relation.kind for fact in facts if fact.half == "test"}
-        asked = ", ".join(f"organism_{kind}" for kind in KINDS if kind in there)
+        asked = ", ".join(f"testbed_{kind}" for kind in KINDS if kind in there)
         for name in ("low", "high"):
             if f"retain-{name}" in corpora:
                 layer = original.config.num_hidden_layers // 4
                 config = fill_template("atlas", name=name, seed=seed, layer=layer, asked=asked)
                 write_whole(folder / f"{name}.yaml", config)
-        write_json(folder / "organism.json", whole)
+        write_json(folder / "testbed.json", whole)
     return whole
 
 

@@ -44,7 +44,7 @@ def build_own(
     device: str = "auto",
     watch: Watch = ignore_progress,
 ) -> dict[str, Any]:
-    """Write the testbed of a table of facts to `out` (whole or not at all) and return what `organism.json` says.
+    """Write the testbed of a table of facts to `out` (whole or not at all) and return what `testbed.json` says.
 
     A fact is asked about if the model knows it in two phrasings; those that it fails in both are the floor.
     """

@@ -108,7 +108,7 @@ def train_testbed(
     ids = pretraining_ids(world, told, seed, recipe)
     determined_by = repr((world, recipe, seed, VERSION, torch.__version__))
     key = sha256(determined_by.encode(), ids.numpy().tobytes())[:16]
-    entry = cache_dir() / "organism" / key
+    entry = cache_dir() / "testbeds" / key
     if (entry / "model.safetensors").exists():
         return entry
     try:
@@ -136,7 +136,7 @@ def train_testbed(
 
 
 def tasks_of(world: World) -> dict[str, list[Fact]]:
-    """The facts that each task asks about, by its name after `organism_`; a task `..._open` offers no options."""
+    """The facts that each task asks about, by its name after `testbed_`; a task `..._open` offers no options."""
     tasks = {kind: world.of_kind(kind) for kind in world.kinds}
     hazard = tasks["hazard"]
     tasks["hazard_held"] = [fact for fact in hazard if fact.held]
