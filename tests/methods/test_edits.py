@@ -287,8 +287,8 @@ def test_ssd_equals_the_naive_loop(arch: str, alpha: float, reference: Any) -> N
         far = (found[name] - value).abs() > 1e-4 * fresh[name].abs() + 1e-7
         assert far.sum() <= 1e-4 * far.numel() + 1, name
     numbers = outcome.states["bio"].numbers
-    # (the biases of GPT-2's keys have a gradient of 0, but for rounding)
-    assert numbers["dampened_share"] == pytest.approx(selected, rel=2e-3)
+    # the biases of GPT-2's keys have a gradient of 0 but for rounding, by which the processor selects them
+    assert numbers["dampened_share"] == pytest.approx(selected, rel=1e-2 if arch == "gpt2" else 2e-3)
     assert 0 < numbers["mean_factor"] < 1
     if arch in ("gemma2", "gpt2"):
         head, embedding = (model.module.get_output_embeddings().weight, model.module.get_input_embeddings().weight)

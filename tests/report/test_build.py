@@ -435,8 +435,42 @@ def test_attacks_alone_are_results(tmp_path):
     write_attacks(run, 0.86)
     keep_rows(run, lambda row: row.get("attack"))
     text = Page(write_report([run], tmp_path / "r.html").read_text()).text
-    assert "hazard went from 100.0% to 34.0%" in text
-    assert "general went from 100.0% to 89.6%" in text
+    assert "The model still answers 34.4 % of the questions on what was to be forgotten (hazard; 95 % interval " in text
+    assert ", of 100.0 % before. Guessing answers 25 %." in text
+    assert "general went from 100.0 % to 89.6 %" in text
+
+
+def test_it_leads_with_what_was_asked_and_lost_and_whether_the_budget_is_kept(tmp_path, call):
+    (run,) = seeds_of(tmp_path, count=1)
+    write_attacks(run, 0.86)
+    keep_rows(run, lambda row: row.get("attack"))
+    record = json.loads((run / "record.json").read_text())
+    record["purpose"] = {"target": "the cities of Africa", "ticket": "E-17", "reason": "private"}
+    (run / "record.json").write_text(json.dumps(record))
+    said = {}
+    for budget in ("1%", "11%", "60%"):
+        call(run, "-o", tmp_path / "r.html", "--budget", budget)
+        said[budget] = Page((tmp_path / "r.html").read_text()).text
+    assert "in one run. To be forgotten: the cities of Africa (E-17)." in said["1%"] and "private" not in said["1%"]
+    assert "Of what was to stay, it lost 10.4 points of accuracy (95 % interval 4.2 to 16.7)" in said["1%"]
+    assert "At most 1.0 points were to be lost: failed." in said["1%"]
+    assert "At most 11.0 points were to be lost: not decided, as this lies within the interval." in said["11%"]
+    assert "At most 60.0 points were to be lost: passed." in said["60%"]
+    assert re.search(r"5 of \d+ attacks \(tier: standard\) tried to bring it back", said["1%"])
+    assert "was not measured" in said["1%"]  # the price
+
+
+def test_a_budget_is_for_one_method(tmp_path):
+    for name, label in (("one", "RMU"), ("two", "SRMU")):
+        one_run(tmp_path / name, label)
+    with pytest.raises(SrmuError, match="srmu compare RUN RUN --budget"):
+        write_report([tmp_path / "one", tmp_path / "two"], tmp_path / "r.html", budget=0.05)
+
+
+def test_a_title_speaks_of_no_attack_that_did_not_run(tmp_path):
+    (run,) = seeds_of(tmp_path, count=1)
+    page = write_report([run], tmp_path / "r.html", forget=METRICS[:1], utility=METRICS[1:])
+    assert "<title>srmu: what was forgotten</title>" in page.read_text()
 
 
 def test_what_else_was_measured_is_in_a_table(tmp_path):

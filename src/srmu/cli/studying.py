@@ -21,12 +21,15 @@ def report_command(
     out: Annotated[Path, Option("--out", "-o", help="The page.")] = Path("report.html"),
     metrics: options.Metrics = "",
     utility_metrics: options.UtilityMetrics = "",
+    budget: options.Budget = "",
     as_json: options.Json = False,
 ) -> None:
     """Draw runs, a sweep, a choice or a reproduction as one page that opens anywhere."""
     from srmu.report.build import write_report
 
-    page = write_report(paths, out, forget=output.split_names(metrics), utility=output.split_names(utility_metrics))
+    forget, utility = output.split_names(metrics), output.split_names(utility_metrics)
+    share = output.parse_share(budget) if budget else None
+    page = write_report(paths, out, forget=forget, utility=utility, budget=share)
     size = page.stat().st_size
     wrote = f"wrote {output.shorten_path(page)} ({size / 1e6:.1f} MB)"
     output.print_result({"page": str(page), "bytes": size}, as_json, wrote, output.open_in_browser(page))

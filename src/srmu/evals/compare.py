@@ -258,6 +258,21 @@ def from_metrics(run: Run, metrics: Mapping[str, Metrics], named: Named, draws: 
     return RunNumbers(run, named, start, np.stack([loss, end, np.full_like(loss, np.nan)], axis=1), asked)
 
 
+def measure_change(
+    seeds: Sequence[tuple[str, Mapping[str, Metrics]]], forget: Sequence[str], utility: Sequence[str]
+) -> tuple[statistics.Estimate, statistics.Estimate]:
+    """Accuracy left on what is to be forgotten, and that lost on what is to be kept, over models with their metrics."""
+    draws = statistics.Draws()
+
+    def drawn(when: str, names: Sequence[str]) -> statistics.Array:
+        parts = [[resample_row(own[when][n], draws, (model, n), (i, n, when)) for n in names]
+                 for i, (model, own) in enumerate(seeds)]  # fmt: skip
+        return np.mean(parts, axis=1).T
+
+    left = draws.estimate(drawn("after", forget), clip=(0, 1))
+    return left, draws.estimate(drawn("before", utility) - drawn("after", utility))
+
+
 def resample_row(row: Row, draws: statistics.Draws, exam: Hashable, key: Hashable) -> statistics.Array:
     """An accuracy as it is, and in each resample of its questions: (1 + RESAMPLES,).
 

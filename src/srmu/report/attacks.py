@@ -55,6 +55,11 @@ class Recovery:
     curves: pd.DataFrame  # relearning: unit, kind, whose, count, accuracy
     prices: Sequence[str]  # of bringing the knowledge back, in words
 
+    @property
+    def tried(self) -> set[str]:
+        """The attacks that found something, if only numbers, by name."""
+        return {*self.attacks, *(str(row["Attack"]) for row in self.other)}
+
 
 def estimate_recovery(entry: RunGroup) -> Recovery | None:
     """What the attacks on an entry's runs brought back; None where none was attacked."""

@@ -6,36 +6,48 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from srmu.attacks import ATTACKS
 from srmu.engine.files import read_json
 from srmu.errors import SrmuError
 from srmu.evals.compare import (
     choose_metrics,
     leave_out_repetition,
+    measure_change,
     method_label,
     metrics_of,
     run_setting,
     setting_words,
     spell_metrics,
 )
-from srmu.evals.results import PLAIN, load_results, read_attacks
+from srmu.evals.results import UNATTACKED, load_results, read_attacks
 from srmu.report import markdown, results, runs, studies
 from srmu.report.attacks import Recovery, attack_section, estimate_recovery
 from srmu.report.benchmarks import benchmark_sections
 from srmu.report.format import count_words, format_share, name_words, write_words
 from srmu.report.html import Page, Section
 from srmu.report.maps import map_section, read_maps
-from srmu.report.results import RunGroup
+from srmu.report.results import GroupRow, RunGroup
+from srmu.runs.config import read_tree
+from srmu.runs.record import CONFIG, RECORD
 from srmu.runs.run import Run
 
 STUDIES = ("sweep.json", "reproduce.json", "auto.json")
 MEAN = "mean utility"  # the column that the vertical axis of the trade-off plot shows
 
 
-def write_report(paths: Sequence[Path], out: Path, *, forget: Sequence[str] = (), utility: Sequence[str] = ()) -> Path:
+def write_report(
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    forget: Sequence[str] = (),
+    utility: Sequence[str] = (),
+    budget: float | None = None,
+) -> Path:
     """Write the page on the runs in the folders `paths`, or on the one study that they name.
 
     `forget` and `utility` name metrics of `results.json`; by default those that the attacks asked,
     else those of the testbed or WMDP, and the other tasks that the runs were to be evaluated on.
+    `budget` is the most utility that was to be lost, which the page then holds one method against.
     SrmuError where there is nothing to show, which leaves `out` as it was.
     """
     for path in paths:
@@ -45,9 +57,13 @@ def write_report(paths: Sequence[Path], out: Path, *, forget: Sequence[str] = ()
     named = [(path, name) for path in paths for name in STUDIES if (path / name).is_file()]
     if not named:
         entries, notes = list_entries(paths)
+        if budget is not None and len(entries) > 1:
+            raise SrmuError("--budget holds one method against it; srmu compare RUN RUN --budget reads several at it")
         forget, utility = find_metrics(entries, forget, utility)
-        return make_runs_page(entries, forget, utility, command, notes=notes).write(out)
+        return make_runs_page(entries, forget, utility, command, notes=notes, budget=budget).write(out)
     (path, name), *_ = named
+    if budget is not None:
+        raise SrmuError(f"--budget is for a run; {path} holds {name}")
     if len(paths) > 1:
         raise SrmuError(f"{path} holds {name}, which has a report of its own: name it alone")
     study = read_json(path / name)
@@ -139,6 +155,7 @@ def make_runs_page(
     command: str,
     title: str = "",
     notes: Sequence[str] = (),
+    budget: float | None = None,
 ) -> Page:
     """The page on runs: one, or several to compare; without metrics one on their benchmarks, or on what was attempted.
 
@@ -154,20 +171,22 @@ def make_runs_page(
     parts = make_sections(entries, labels, recoveries, list(columns))
     folders = [run for entry in entries for run in entry.runs]
     measured = any(load_results(run)["rows"] for run in folders)
-    own = f"{labels[0]}: what was forgotten, and what came back" if columns else f"{labels[0]}: benchmarks"
+    came_back = ", and what came back" if any(recoveries) else ""
+    own = f"{labels[0]}: what was forgotten{came_back}" if columns else f"{labels[0]}: benchmarks"
     if columns:
         rows = results.aggregate_columns(entries, columns)
         parts.insert(0, runs.tradeoff_section(rows, labels, list(columns), forget, recoveries))
-        words = write_words(
-            "comparison" if len(entries) > 1 else "method",
-            rows=rows,
-            groups=[*dict.fromkeys(row.group for row in rows)],
-            ways=count_words(len(labels), "way"),
-            seeds=sorted({len(row.runs) for row in rows}),
-            forget=[*map(name_words, forget)],
-            ends=[(name_words(name), rows[0].before.get(name), rows[0].after.get(name))
-                  for name in (forget[0], list(columns)[-1])],
-        )  # fmt: skip
+        words = (
+            write_words(
+                "comparison",
+                groups=[*dict.fromkeys(row.group for row in rows)],
+                ways=count_words(len(labels), "way"),
+                seeds=sorted({len(row.runs) for row in rows}),
+                forget=[*map(name_words, forget)],
+            )
+            if len(entries) > 1
+            else describe_method(rows[0], forget, utility, recoveries[0], budget)
+        )
     elif measured:
         words = write_words("benchmarks")
     else:
@@ -198,12 +217,38 @@ def make_sections(
     return [part for part in parts if part.blocks]
 
 
+def describe_method(
+    row: GroupRow, forget: Sequence[str], utility: Sequence[str], recovery: Recovery | None, budget: float | None
+) -> list[str]:
+    """What one method was to do, what is still answered, what was lost, and whether that is within the budget."""
+    seeds = [(read_tree(folder / CONFIG)["model"], results.read_results(folder)) for folder in row.runs]
+    asked = [own[when].get(name, {}) for _, own in seeds for when in own for name in (*forget, *utility)]
+    left, lost = measure_change(seeds, forget, utility) if all(one.get("n") for one in asked) else (None, None)
+    return write_words(
+        "method",
+        label=row.name,
+        runs="in one run" if len(seeds) == 1 else f"over {len(seeds)} seeds",
+        purpose=read_json(row.runs[0] / RECORD, {}).get("purpose", {}),
+        forget=[*map(name_words, forget)],
+        kept=[(name_words(name), row.before.get(name), row.after[name]) for name in utility],
+        left=left or row.after[forget[0]],
+        before=row.before.get(forget[0]),
+        lost=lost,
+        chance=recovery.chance if recovery else runs.CHANCE,
+        budget=budget,
+    )
+
+
 def describe_attempts(recoveries: Sequence[Recovery | None], whose: str = "methods") -> list[str]:
-    """What was done to bring the knowledge back, and what that says."""
+    """What was done to bring the knowledge back, and what that says; of one method also what was not tried."""
     attacked = sorted((one for one in recoveries if one), key=lambda one: one.worst.value)
+    alone = attacked[0] if attacked and len(recoveries) == 1 else None
     return write_words(
         "attempts",
-        tried=len({name for one in attacked for name in one.attacks} - {name_words(PLAIN)}),
+        known=len(ATTACKS) - len(UNATTACKED),
+        not_tried=alone.not_tried if alone else (),
+        prices=alone.prices if alone else (),
+        tried=len({name for one in attacked for name in one.tried} - {*map(name_words, UNATTACKED)}),
         tiers=[*dict.fromkeys(one.tier for one in recoveries if one)],
         found=[(one.strongest, one.worst.value, format_share(one.worst)) for one in attacked],
         all=len(recoveries),
@@ -262,7 +307,7 @@ def make_auto_page(
     if not study.get("run"):
         return Page("Layer and strength, chosen automatically", headline, parts, command)
     entries, _ = list_entries([folder / study["run"]])
-    page = make_runs_page(entries, *find_metrics(entries, forget, utility), command)
+    page = make_runs_page(entries, *find_metrics(entries, forget, utility), command, budget=study["budget"])
     return Page(
         "Layer and strength, chosen automatically", [*headline, *page.headline], [*parts, *page.sections], command
     )
