@@ -66,6 +66,23 @@ def test_answers_stand_side_by_side(call: Call, tmp_path: Path) -> None:
     assert done.code == 2 and f"{out} is a file" in done.err
 
 
+def test_a_report_shows_what_the_models_write_only_if_asked(call: Call, tmp_path: Path) -> None:
+    """Forget texts are shown under a flag of their own, and kept nowhere else."""
+    run = world.unlearned(tmp_path).folder.relative_to(tmp_path)
+    forget = (tmp_path / "forget.jsonl").read_text()
+    opening = json.loads(forget.splitlines()[0])["text"].split()[0]
+    pages = {}
+    for kind, options in {"": (), "neutral": ("--samples", "neutral"), "forget": ("--samples", "forget")}.items():
+        done = call("report", run, "-o", "r.html", *options)
+        assert done.code == 0, done.err
+        pages[kind] = Path("r.html").read_text()
+    assert "In their own words" not in pages[""]
+    assert "The old harbour lies on" in pages["neutral"] and "First openings of forget texts" not in pages["neutral"]
+    assert re.search(rf"<(td|th)[^>]*>\s*{opening}", pages["forget"])
+    assert "First openings of forget texts" in pages["forget"]
+    assert not any(b"old harbour" in path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file())
+
+
 def test_what_a_model_writes_cannot_steer_the_terminal(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     """No escape sequence, no other direction of writing, no markup; and nothing is cut that is wider than a column."""
     wild = "\x1b[2J\x07\r\x9b31m [red]a[/red] :smile: \u202e" + "|" * 200

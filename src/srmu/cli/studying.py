@@ -22,6 +22,10 @@ def report_command(
     metrics: options.Metrics = "",
     utility_metrics: options.UtilityMetrics = "",
     budget: options.Budget = "",
+    samples: Annotated[
+        Literal["neutral", "forget"] | None,
+        Option(help="Also show what the models write: after harmless words, or after forget texts, too (private)."),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Draw runs, a sweep, a choice or a reproduction as one page that opens anywhere."""
@@ -29,7 +33,7 @@ def report_command(
 
     forget, utility = output.split_names(metrics), output.split_names(utility_metrics)
     share = output.parse_share(budget) if budget else None
-    page = write_report(paths, out, forget=forget, utility=utility, budget=share)
+    page = write_report(paths, out, forget=forget, utility=utility, budget=share, samples=samples, watch=show_progress)
     size = page.stat().st_size
     wrote = f"wrote {output.shorten_path(page)} ({size / 1e6:.1f} MB)"
     output.print_result({"page": str(page), "bytes": size}, as_json, wrote, output.open_in_browser(page))

@@ -3,11 +3,13 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from srmu.attacks import ATTACKS
 from srmu.engine.files import read_json
+from srmu.engine.progress import Watch, ignore_progress
 from srmu.errors import SrmuError
 from srmu.evals.compare import (
     choose_metrics,
@@ -27,6 +29,7 @@ from srmu.report.format import count_words, format_share, name_words, write_word
 from srmu.report.html import Page, Section
 from srmu.report.maps import map_section, read_maps
 from srmu.report.results import GroupRow, RunGroup
+from srmu.report.samples import Samples, sample_section
 from srmu.runs.config import read_tree
 from srmu.runs.record import CONFIG, RECORD
 from srmu.runs.run import Run
@@ -42,12 +45,15 @@ def write_report(
     forget: Sequence[str] = (),
     utility: Sequence[str] = (),
     budget: float | None = None,
+    samples: Samples | None = None,
+    watch: Watch = ignore_progress,
 ) -> Path:
     """Write the page on the runs in the folders `paths`, or on the one study that they name.
 
     `forget` and `utility` name metrics of `results.json`; by default those that the attacks asked,
     else those of the testbed or WMDP, and the other tasks that the runs were to be evaluated on.
-    `budget` is the most utility that was to be lost, which the page then holds one method against.
+    `budget` is the most utility that was to be lost, which the page then holds one method against. `samples` shows what
+    the models write, for which they are loaded; with "forget" after forget texts, too, which are then on the page.
     SrmuError where there is nothing to show, which leaves `out` as it was.
     """
     for path in paths:
@@ -60,10 +66,16 @@ def write_report(
         if budget is not None and len(entries) > 1:
             raise SrmuError("--budget holds one method against it; srmu compare RUN RUN --budget reads several at it")
         forget, utility = find_metrics(entries, forget, utility)
-        return make_runs_page(entries, forget, utility, command, notes=notes, budget=budget).write(out)
+        page = make_runs_page(entries, forget, utility, command, notes=notes, budget=budget)
+        if samples:
+            page = replace(
+                page, sections=[*page.sections[:1], sample_section(entries, samples, watch), *page.sections[1:]]
+            )
+        return page.write(out)
     (path, name), *_ = named
-    if budget is not None:
-        raise SrmuError(f"--budget is for a run; {path} holds {name}")
+    for option, given in (("budget", budget), ("samples", samples)):
+        if given is not None:
+            raise SrmuError(f"--{option} is for runs; {path} holds {name}")
     if len(paths) > 1:
         raise SrmuError(f"{path} holds {name}, which has a report of its own: name it alone")
     study = read_json(path / name)

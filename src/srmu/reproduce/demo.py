@@ -24,8 +24,8 @@ from srmu.evals.score import fingerprint_state
 from srmu.evals.statistics import Estimate
 from srmu.evals.subject import pick_evenly
 from srmu.report.build import make_runs_page
-from srmu.report.html import Block, Section, Table
 from srmu.report.results import RunGroup, aggregate_columns
+from srmu.report.samples import answer_section
 from srmu.reproduce.experiment import Experiment, PlannedRow, Testbeds, read_preset, run_experiment
 from srmu.runs.run import Run, open_target
 from srmu.testbed.known import find_default
@@ -99,29 +99,17 @@ def play_demo(
     (attacked,) = (Run.open(row.runs[0]) for row in shown if row.label == ATTACKED)
     if "relearning_steps" not in read_attacks(attacked.folder).get("attacks", {}):
         attack_run(attacked, names=("relearning_steps",), sources=Sources(limit=QUESTIONS), watch=watch)
-    told = answer_section({row.label: Run.open(row.runs[0]) for row in shown}, place.locate("high", seeds[0]), watch)
+    prompts = choose_prompts(place.locate("high", seeds[0]), watch)
+    note = (
+        f"The likeliest words, {TOKENS} tokens at most, of the models with the entangled retain set. The first "
+        f"{ASKED['testbed_hazard']} are to be forgotten."
+    )
+    told = answer_section({row.label: row.runs[0] for row in shown}, lambda run: ask_once(run, prompts, watch), [note])
     region = read_json(place.locate("high", seeds[0]) / "testbed.json")["region"]
     title = f"A real model forgets {region}: four methods"
     page = make_runs_page(groups, FORGET, UTILITY, command, title)
     page = replace(page, sections=[page.sections[0], told, *page.sections[1:]])
     return groups, page.write(out / "report.html")
-
-
-def answer_section(runs: Mapping[str, Run], testbed: Path, watch: Watch) -> Section:
-    """What the original and each method write after the same openings: all on places and other harmless things."""
-    prompts = choose_prompts(testbed, watch)
-    answers: dict[str, list[str]] = {}
-    for label, run in runs.items():
-        said = ask_once(run.folder, prompts, watch)
-        answers.setdefault("original", [shorten_answer(row["before"]) for row in said])
-        answers[label] = [shorten_answer(row["after"]) for row in said]
-    rows = [{"prompt": prompt, **{who: texts[i] for who, texts in answers.items()}} for i, prompt in enumerate(prompts)]
-    note = (
-        f"The likeliest words, {TOKENS} tokens at most, of the models with the entangled retain set. The first "
-        f"{ASKED['testbed_hazard']} are to be forgotten."
-    )
-    table = Table("What each model writes after the same words", rows, words=True)
-    return Section("In their own words", [note], [Block(table=table)])
 
 
 def choose_prompts(testbed: Path, watch: Watch) -> list[str]:
@@ -143,10 +131,6 @@ def ask_once(target: Path, prompts: Sequence[str], watch: Watch) -> Any:
     opened = open_target(target)
     mark = fingerprint_state(weights.fingerprint_model(opened.base), opened.dtype, opened.run)
     return cached("asked", [mark, prompts, TOKENS], partial(ask_model, str(target), prompts, TOKENS, watch=watch))
-
-
-def shorten_answer(text: str) -> str:
-    return text.strip().split("\n")[0].strip() or "(nothing)"
 
 
 def terminal_table(groups: Sequence[RunGroup]) -> list[dict[str, Any]]:
