@@ -24,6 +24,7 @@ from srmu.errors import SrmuError
 from srmu.evals.results import RESULTS, load_results, read_attacks
 from srmu.evals.score import score_model
 from srmu.evals.subject import NotApplicable, Subject, mark_answers, option_scores
+from srmu.runs.model_card import summarise_record
 from srmu.runs.run import Run, unlearn_config
 
 
@@ -47,6 +48,15 @@ def sources(place: Path, **given: Any) -> Sources:
         }
         | given
     )
+
+
+def test_membership_is_in_the_record_and_on_its_page(run: Run, place: Path) -> None:
+    attack_run(run, names=("membership",), sources=sources(place), device="cpu")
+    kept = Run.open(run.folder).record["attacks"]["tried"]["membership"]["metrics"]
+    page = summarise_record(Run.open(run.folder).record)
+    for measure, one in kept.items():
+        assert f"| membership | {measure} | {one['value']:.3f} ({one['low']:.3f}-{one['high']:.3f}) |" in page
+    assert "Membership: how well a score tells the forget texts" in page
 
 
 def attack_of(name: str, function: Callable[..., AttackResult], **more: Any) -> type[Attack]:

@@ -66,6 +66,21 @@ def test_answers_stand_side_by_side(call: Call, tmp_path: Path) -> None:
     assert done.code == 2 and f"{out} is a file" in done.err
 
 
+def test_a_summary_asks_for_the_purpose(call: Call, tmp_path: Path) -> None:
+    """It says what is not stated and what to type, which adds it to the run that is there."""
+    run = world.unlearned(tmp_path).folder.relative_to(tmp_path)
+    done = call("verify", run, "--summary", "page.md")
+    (line,) = [line for line in done.out.splitlines() if line.startswith("not stated: ")]
+    assert line.startswith("not stated: reason, target, operator, ticket, reviewer, sign_off; ")
+    assert "Not stated: reason, target, operator, ticket, reviewer, sign off." in Path("page.md").read_text()
+    typed = shlex.split(line.partition("trains nothing: srmu ")[2].replace("...", "said"))
+    again = call(*typed)
+    assert again.code == 0 and "was there already" in again.out, again.err
+    done = call("verify", run, "--summary", "page.md")
+    assert "not stated" not in done.out
+    assert "Sign off: said." in Path("page.md").read_text()
+
+
 def test_a_report_shows_what_the_models_write_only_if_asked(call: Call, tmp_path: Path) -> None:
     """Forget texts are shown under a flag of their own, and kept nowhere else."""
     run = world.unlearned(tmp_path).folder.relative_to(tmp_path)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ def merge_report(folder: Path, report: Report, known: Sequence[str]) -> Report:
         if distributed.is_first():
             tried = {
                 name: {key: entry[key] for key in RECORDED if key in entry}
+                | {"metrics": {key: drop_unknown(one) for key, one in entry["metrics"].items()}}
                 | {"controls": {who: c.get("accuracy") for who, c in entry.get("controls", {}).items()}}
                 for name, entry in attacks.items()
             }
@@ -93,6 +95,11 @@ def merge_report(folder: Path, report: Report, known: Sequence[str]) -> Report:
             with results.keep_going(folder):
                 results.merge_results(folder, rows, {"attacks": record | {"tried": tried}}, attacks=left)
     return report
+
+
+def drop_unknown(estimate: Mapping[str, float]) -> dict[str, float]:
+    """An estimate without the ends of an interval that it does not have: JSON has no nan."""
+    return {key: number for key, number in estimate.items() if not isnan(number)}
 
 
 def judge_attack(

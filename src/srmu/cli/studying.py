@@ -12,6 +12,7 @@ from srmu.errors import SrmuError
 
 verbs = typer.Typer()
 SHOW, STUDY = "Show and check", "Study"  # groups of verbs
+ASKED_FOR = ("reason", "target", "operator", "ticket", "reviewer", "sign_off")  # of a record's purpose, in a summary
 GO_ON = "finished runs are kept: the same command goes on, and --show prints the tables"
 
 
@@ -64,7 +65,14 @@ def verify_command(
         lines.append(f"wrote {checks.sign_record(folder, sign)}")
     record = checks.find_record(folder)
     if summary:
-        write_output(summary, summarise_record(read_record(record)))
+        facts = read_record(record)
+        unstated = [name for name in ASKED_FOR if not facts["purpose"].get(name)]
+        write_output(summary, summarise_record(facts, unstated=unstated))
+        if unstated and (config := folder / "config.yaml").is_file():
+            add = output.quote_command(
+                "unlearn", output.shorten_path(config), *(f"purpose.{name}=..." for name in unstated)
+            )
+            lines.append(f"not stated: {', '.join(unstated)}; this adds them, and trains nothing: {add}")
         lines.append(f"wrote {summary}")
     if not rerun:
         lines.append(output.next_command("verify", output.shorten_path(folder), "--rerun"))

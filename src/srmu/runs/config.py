@@ -65,6 +65,7 @@ class Purpose(BaseModel, extra="forbid"):
     operator: str = ""
     ticket: str = ""
     reviewer: str = ""
+    sign_off: str = ""  # who approved the result, and when
     choice: str = ""  # why this layer and this strength
     not_covered: list[str] = []  # models that this run does not change
 

@@ -1,5 +1,6 @@
 """A record as a person reads it: a page, and the model card of an export."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,15 @@ def render_template(name: str, /, filters: dict[str, Any] | None = None, **value
     return environment.get_template(name).render(values)
 
 
-def summarise_record(record: dict[str, Any], rounded: str = "") -> str:
-    """The record on one page of Markdown, of a model `rounded` so or not; of a folder it names no path."""
+def summarise_record(record: dict[str, Any], rounded: str = "", unstated: Sequence[str] = ()) -> str:
+    """The record on one page of Markdown, of a model `rounded` so or not; of a folder it names no path.
+
+    `unstated` are entries of its purpose that the page says are missing.
+    """
     base, changed = Path(record["base"]["id"]), [*record["change"]["tensors"].items()][:ROWS]
     named: dict[str, Any] = {"name": base.name, "local": base.is_absolute(), "exported": EXPORTED}
     named |= {"reach": explain_reach(record["reach"]), "repetition": explain_repetition(record["results"])}
+    named["unstated"] = [name.replace("_", " ") for name in unstated]
     return render_template("card.md", record=record, changed=changed, rounded=rounded, **named)
 
 
