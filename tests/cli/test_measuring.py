@@ -66,6 +66,34 @@ def test_answers_stand_side_by_side(call: Call, tmp_path: Path) -> None:
     assert done.code == 2 and f"{out} is a file" in done.err
 
 
+def test_an_export_is_pushed(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its card, to a private repository; what cannot be pushed is said before the export is written."""
+    run = world.unlearned(tmp_path).folder.relative_to(tmp_path)
+    plan = json.loads(call("export", run, "out", "--push", "me/model", "--dry-run", "--json").out)
+    assert plan["repository"] == "me/model" and plan["bytes"] == sum(plan["files"].values()) > 1000
+    done = call("export", run, "out", "--push", "me/model", "--dry-run")
+    assert "would be uploaded to me/model on the hub, private" in done.out and "README.md" in done.out
+    refusals = {
+        ("--push", "model"): "expected OWNER/NAME",
+        ("--push", "a b/c"): "expected OWNER/NAME",
+        ("--push", "me/model"): "--push failed: ",  # offline
+        ("--dry-run",): "--dry-run goes with --push",
+        ("--push", "me/model", "--dry-run", "--adapter"): "without --adapter",
+    }
+    for options, said in refusals.items():
+        done = call("export", run, "out", *options)
+        assert done.code == 2 and said in done.err and not Path("out").exists(), (options, done.err)
+    sent: dict[str, Any] = {}
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda self: {"name": "me"})
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, name, **options: sent.update(options) or name)
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **given: sent.update(given))
+    done = call("export", run, "out", "--push", "me/model")
+    assert done.code == 0, done.err
+    assert sent["private"] is True and sent["repo_id"] == "me/model"
+    assert {*plan["files"]} == {path.name for path in sent["folder_path"].iterdir()}
+    assert "uploaded to me/model" in done.out + done.err
+
+
 def test_a_summary_asks_for_the_purpose(call: Call, tmp_path: Path) -> None:
     """It says what is not stated and what to type, which adds it to the run that is there."""
     run = world.unlearned(tmp_path).folder.relative_to(tmp_path)

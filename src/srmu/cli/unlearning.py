@@ -194,10 +194,12 @@ def export_command(
     adapter: Annotated[bool, Option("--adapter", help="Only the change, as a LoRA adapter for peft.")] = False,
     error: Annotated[float | None, Option(help="adapter: most of the change that may be lost (0.05).")] = None,
     quantise: Annotated[str | None, Option(help="Round the weights: q4_0, q8_0 (GGUF), nf4 or fp8.")] = None,
+    push: Annotated[str, Option(metavar="OWNER/NAME", help="Then upload it to the hub, private, with its card.")] = "",
+    dry_run: Annotated[bool, Option("--dry-run", help="push: list what would be uploaded, do nothing.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Write a run's full model, which plain transformers loads; or the model rounded, or its change as an adapter."""
-    from srmu.engine.text_part import find_loader
+    from srmu.runs import hub
     from srmu.runs.run import Run
 
     opened = Run.open(run)
@@ -209,14 +211,39 @@ def export_command(
     for place in (opened.folder, opened.base):
         if out.resolve().is_relative_to(place.resolve()):
             raise SrmuError(f"{out} lies in {place}, which must stay as it is; name a folder elsewhere")
+    if dry_run:
+        if not push or adapter or quantise is not None:
+            raise SrmuError("--dry-run goes with --push OWNER/NAME, without --adapter and --quantise")
+        print_push(hub.plan_push(opened, push, last_good), as_json)
+        return
+    if push:
+        hub.require_hub(push)
     if quantise is not None:
         print_quantised(opened, out, quantise, last_good, as_json)
-        return
-    if adapter:
+    elif adapter:
         print_adapter(opened, out, 0.05 if error is None else error, last_good, as_json)
-        return
-    opened.export(out, link, show_progress, last_good=last_good)
-    changed = list(opened.delta)
+    else:
+        print_export(opened, out, link, last_good, as_json)
+    if push:
+        print_line(f"uploaded to {hub.push_folder(out, push)}, which is private until you change that there")
+
+
+def print_push(plan: dict[str, Any], as_json: bool) -> None:
+    """What an upload to the hub would hold."""
+    from srmu.engine.files import format_gb
+
+    lines = [f"{size / 1e6:12,.1f} MB  {name}" for name, size in plan["files"].items()]
+    where = f"would be uploaded to {plan['repository']} on the hub, private; the model card is README.md"
+    lines.append(f"{format_gb(plan['bytes'])} {where}")
+    output.print_result(plan, as_json, *lines, "next: the same without --dry-run")
+
+
+def print_export(run: "Run", out: Path, link: bool | None, last_good: bool, as_json: bool) -> None:
+    """Write a run's full model, and say what changed."""
+    from srmu.engine.text_part import find_loader
+
+    run.export(out, link, show_progress, last_good=last_good)
+    changed = list(run.delta)
     lines = [f"{len(changed)} tensors changed: {', '.join(changed)}", f"wrote {out}, with its model card and record"]
     loader = find_loader(out).__name__
     lines.append(f"{output.next_command('verify', out)}, then {loader}.from_pretrained({str(out)!r})")
