@@ -210,9 +210,8 @@ def test_it_claims_no_more_than_suppression(page):
 
 
 def test_it_says_whether_the_map_selects(page):
-    topic = "entanglement \N{MIDDLE DOT} topic topic"
-    assert f"low {topic} Nearly flat" in page.text  # 0.88 with a standard deviation of 0.04
-    assert f"high {topic} Not flat" in page.text
+    assert "low entanglement Nearly flat" in page.text  # 0.88 with a standard deviation of 0.04
+    assert "high entanglement Not flat" in page.text
 
 
 def test_the_same_runs_give_the_same_file(entries, html, tmp_path):
@@ -435,7 +434,7 @@ def test_attacks_alone_are_results(tmp_path):
     write_attacks(run, 0.86)
     keep_rows(run, lambda row: row.get("attack"))
     text = Page(write_report([run], tmp_path / "r.html").read_text()).text
-    assert "The model still answers 34.4 % of the questions on what was to be forgotten (hazard; 95 % interval " in text
+    assert "After srmu, in one run, the model still answers 34.4 % of the questions on what was to be forgotten (hazard; 95 % interval " in text
     assert ", of 100.0 % before. Guessing answers 25 %." in text
     assert "general went from 100.0 % to 89.6 %" in text
 
@@ -451,7 +450,7 @@ def test_it_leads_with_what_was_asked_and_lost_and_whether_the_budget_is_kept(tm
     for budget in ("1%", "11%", "60%"):
         call(run, "-o", tmp_path / "r.html", "--budget", budget)
         said[budget] = Page((tmp_path / "r.html").read_text()).text
-    assert "in one run. To be forgotten: the cities of Africa (E-17)." in said["1%"] and "private" not in said["1%"]
+    assert "To be forgotten: the cities of Africa (E-17)." in said["1%"] and "private" not in said["1%"]
     assert "Of what was to stay, it lost 10.4 points of accuracy (95 % interval 4.2 to 16.7)" in said["1%"]
     assert "At most 1.0 points were to be lost: failed." in said["1%"]
     assert "At most 11.0 points were to be lost: not decided, as this lies within the interval." in said["11%"]

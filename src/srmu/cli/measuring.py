@@ -170,7 +170,7 @@ def attack_command(
 
 def attack_table(report: dict[str, Any]) -> list[dict[str, str]]:
     """The attacks as lines of a table, strongest first; accuracies in %."""
-    from srmu.report.format import read_estimate
+    from srmu.report.format import drop_empty, read_estimate
 
     table = []
     attacks = report["attacks"]
@@ -187,7 +187,7 @@ def attack_table(report: dict[str, Any]) -> list[dict[str, str]]:
             setting = f"invalid: the oracle recovers, too; {setting}"
         cells = {head: str(read_estimate(one)) if one else "" for head, one in numbers.items()}
         table.append({"attack": f"{entry['id']} {name}", **cells, "setting": setting})
-    return table
+    return drop_empty(table)
 
 
 def describe_metrics(entry: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from srmu.attacks.summary import describe_prices
 from srmu.evals.results import PLAIN, read_attacks
 from srmu.evals.statistics import Array, Draws, Estimate, draw_floors, parse_answers, residual_table, worst_case
 from srmu.report.figures import COLOURS, GREY, Figure, Row, Series, draw_figure, label_look, make_look, mark_value
-from srmu.report.format import format_value, name_words, write_words
+from srmu.report.format import drop_empty, format_value, name_words, write_words
 from srmu.report.html import LABEL, Block, Section, Table
 from srmu.report.results import RunGroup, strip_paths
 from srmu.runs.config import read_tree
@@ -180,7 +180,8 @@ def attack_section(
     notes = write_words(
         "attacks",
         tiers=[*dict.fromkeys(one.tier for _, one in pairs)],
-        not_tried=[*dict.fromkeys(name for _, one in pairs for name in one.not_tried)],
+        # of one alone the page's headline says it
+        not_tried=[*dict.fromkeys(n for _, one in pairs for n in one.not_tried)] if len(entries) > 1 else (),
         unknown=[*dict.fromkeys(one.unknown for _, one in pairs if one.unknown)],
     )
     means = pd.Series({(e.name, k): row[OWN].value for e, one in pairs for k, row in one.attacks.items()})
@@ -201,10 +202,10 @@ def attack_section(
         ):
             fold = f"{title}: {entry.name}" if len(pairs) > 1 else ""
             if rows:
-                table = Table(
-                    fold or title, rows, words=rows is one.failed or "Price" in rows[0], fold=fold, label=entry.label
+                words = rows is one.failed or "Price" in rows[0]
+                blocks.append(
+                    Block(table=Table(fold or title, drop_empty(rows), words=words, fold=fold, label=entry.label))
                 )
-                blocks.append(Block(table=table))
     return Section("Recovery by attack", notes, [*blocks, *draw_relearning(pairs, labels)])
 
 

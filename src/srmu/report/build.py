@@ -21,7 +21,7 @@ from srmu.evals.compare import (
     setting_words,
     spell_metrics,
 )
-from srmu.evals.results import UNATTACKED, load_results, read_attacks
+from srmu.evals.results import PLAIN, UNATTACKED, load_results, read_attacks
 from srmu.report import markdown, results, runs, studies
 from srmu.report.attacks import Recovery, attack_section, estimate_recovery
 from srmu.report.benchmarks import benchmark_sections
@@ -257,6 +257,7 @@ def describe_attempts(recoveries: Sequence[Recovery | None], whose: str = "metho
     alone = attacked[0] if attacked and len(recoveries) == 1 else None
     return write_words(
         "attempts",
+        plain=name_words(PLAIN),
         known=len(ATTACKS) - len(UNATTACKED),
         not_tried=alone.not_tried if alone else (),
         prices=alone.prices if alone else (),

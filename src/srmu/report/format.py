@@ -77,9 +77,9 @@ def write_range(steps: Sequence[float | None]) -> str:
     )
 
 
-def drop_empty(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+def drop_empty(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows without the columns in which none says anything."""
-    return [{key: row[key] for key in row if any(one[key] for one in rows)} for row in rows]
+    return [{key: row[key] for key in row if any(one[key] not in ("", None) for one in rows)} for row in rows]
 
 
 def escape_controls(text: str) -> str:

@@ -57,7 +57,8 @@ def tradeoff_section(
             look = label_look(labels.index(label), size=11) if label else ring
             marks = {name_words(column): line[head] for column, head in heads.items()}
             if marks[x] is not None and marks[y] is not None:
-                series.append(Series(line["Method"], [marks], look, label))
+                # one alone has no button that names it
+                series.append(Series(line["Method"], [marks], look, label if len(labels) > 1 else ""))
         figure = draw_figure(group, series, x, y, x_axis=x_axis, y_axis=y_axis)
         mark_value(figure, "chance", x=next((one.chance for one in recoveries if one), CHANCE))
         figure.plot.add_annotation(
@@ -122,11 +123,15 @@ def training_section(entries: Sequence[RunGroup], labels: Sequence[str]) -> Sect
 
 def importance_section(entries: Sequence[RunGroup], labels: Sequence[str]) -> Section:
     """The importance maps, sortable and with outliers named."""
-    blocks = [draw_map(*key, owners, labels) for key, owners in results.importance_maps(entries).items()]
+    maps = results.importance_maps(entries)
+    topics = {topic for _, topic, _ in maps}
+    blocks = [draw_map(*key, owners, labels, len(topics) > 1) for key, owners in maps.items()]
     return Section("Importance maps", write_words("importance"), blocks)
 
 
-def draw_map(group: str, topic: str, values: Sequence[float], owners: Sequence[str], labels: Sequence[str]) -> Block:
+def draw_map(
+    group: str, topic: str, values: Sequence[float], owners: Sequence[str], labels: Sequence[str], several: bool
+) -> Block:
     """The sorted weights of a map of the methods `owners` beside a table of the largest, and which stand out."""
     facts = describe_importance(torch.tensor(values))
     sizes = pd.Series(values).sort_values(ascending=False, kind="stable")
@@ -143,7 +148,7 @@ def draw_map(group: str, topic: str, values: Sequence[float], owners: Sequence[s
     caption = "Importance by dimension" if len(sizes) <= LARGEST else f"The largest {LARGEST}"
     stand_out = [*sizes[sizes > facts["mean"] + STANDS_OUT * facts["sd"]].index]
     words = write_words("map", facts=facts, flat=facts["sd"] < FLAT, stand_out=stand_out)
-    title = " \N{MIDDLE DOT} ".join(filter(None, [", ".join(owners), group, f"topic {topic}"]))
+    title = " \N{MIDDLE DOT} ".join(filter(None, [", ".join(owners), group, f"topic {topic}" * several]))
     return Block([figure], Table(caption, lines), title, words, owners)
 
 
