@@ -251,7 +251,7 @@ def test_models_that_cannot_be_changed_here() -> None:
         unlearn(model)
 
 
-def test_what_was_unlearned_is_evaluated_in_memory(tmp_path: Path) -> None:
+def test_what_was_unlearned_is_evaluated_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from helpers import attack_world
 
     attack_world.write(tmp_path)
@@ -260,6 +260,10 @@ def test_what_was_unlearned_is_evaluated_in_memory(tmp_path: Path) -> None:
     scores = srmu.evaluate(model, ["hazard"], tokenizer=tokenizer, **place)["after"]
     folder = srmu.evaluate(str(tmp_path / "model"), ["hazard"], **place)["after"]
     assert scores == folder
+    monkeypatch.chdir(tmp_path)
+    assert srmu.evaluate(model, "hazard", tokenizer=tokenizer, tasks_dir="tasks")["after"] == scores
+    assert srmu.evaluate("model", "hazard", out="scores")["after"] == scores
+    assert (tmp_path / "scores" / "results.json").exists()
     with pytest.raises(srmu.SrmuError, match="tokenizer="):
         srmu.evaluate(model, ["hazard"])
 

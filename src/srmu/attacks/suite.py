@@ -51,10 +51,10 @@ class Sources:
 
 
 def attack_run(
-    run: Run,
+    run: str | Path | Run,
     *,
     tier: Tier = "smoke",
-    names: Sequence[str] = (),
+    names: str | Sequence[str] = (),
     search: Mapping[str, int] = {},
     sources: Sources = Sources(),
     seed: int = 0,
@@ -68,8 +68,8 @@ def attack_run(
     folder, so that an interrupted suite goes on. `confirm` is asked about each attack that takes hours. `search` are
     constants of `tuned_relearning`.
     """
-    watch = watch or progress.choose_progress()
-    chosen = select_attacks(tier, names, search)
+    watch, run = watch or progress.choose_progress(), Run.open(run)
+    chosen = select_attacks(tier, results.list_names(names), search)
     results.check_results(run.folder)  # what is wrong with them must show before the work
     sources = fill_sources(sources, run.config, run.base)
     exam = load_exam(sources, seed)

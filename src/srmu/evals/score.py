@@ -18,7 +18,7 @@ from srmu.evals import benchmarks, results
 from srmu.evals.benchmarks import base
 from srmu.evals.continuations import Prompts, measure_repetition, read_prompts
 from srmu.evals.lm_eval import evaluate
-from srmu.evals.results import Metrics, merge_results, metric_rows, plain_metrics
+from srmu.evals.results import Metrics, list_names, merge_results, metric_rows, plain_metrics
 from srmu.evals.subject import Subject
 from srmu.runs.run import OpenedModel, Run, open_target
 
@@ -30,13 +30,13 @@ T = TypeVar("T")
 
 def score_model(
     target: str | Path | Run | PreTrainedModel,
-    tasks: Sequence[str] = (),
+    tasks: str | Sequence[str] = (),
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     tasks_dir: str | Path | None = None,
     limit: int | None = None,
     device: str = "auto",
-    out: Path | None = None,
+    out: str | Path | None = None,
     watch: Watch | None = None,
 ) -> dict[str, Metrics]:
     """Score a model folder, a hub id or a run: `{"after": ...}`, for a run also `"before"`.
@@ -46,7 +46,7 @@ def score_model(
     how much it repeats itself: `repetition/forget`, `repetition/neutral`. Scores are merged into the `results.json` of
     the run, or of the folder `out`.
     """
-    watch = watch or choose_progress()
+    watch, tasks, out = watch or choose_progress(), list_names(tasks), None if out is None else Path(out)
     if isinstance(target, nn.Module):
         if tokenizer is None:
             raise SrmuError("a model in memory is scored with its tokenizer: tokenizer=...")

@@ -32,7 +32,7 @@ from srmu.runs.record import CONFIG, DELTA, METRICS, RECORD, STATE
 from srmu.runs.training import CHECKPOINTS, train_run
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CARD = "README.md"
 LOCK = ".lock"
@@ -45,9 +45,9 @@ class Run:
     folder: Path
 
     @classmethod
-    def open(cls, folder: str | Path) -> Self:
+    def open(cls, folder: str | Path | Run) -> Self:
         """A finished run; SrmuError where the folder holds none."""
-        folder = Path(folder)
+        folder = folder.folder if isinstance(folder, Run) else Path(folder)
         if not (folder / RECORD).is_file():
             config = folder / CONFIG
             hint = f"; srmu unlearn {config} makes it" if config.is_file() else ""
@@ -85,6 +85,16 @@ class Run:
                 f"srmu verify {self.folder} says what differs"
             )
         return folder
+
+    def load_model(self, device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The unlearned model in memory, ready to answer, with its tokenizer; nothing is written.
+
+        SrmuError where the run left no model by itself, or diverged.
+        """
+        self.require_model()
+        opened = OpenedModel(self.base, self, device)
+        weights.apply_delta(opened.module, *self.changes)
+        return opened.module.requires_grad_(True), opened.tokenizer
 
     def export(
         self, out: str | Path, link: bool | None = None, watch: Watch = ignore_progress, *, last_good: bool = False
