@@ -72,12 +72,13 @@ def compare_runs(
     utility: str | Sequence[str] = (),
     seed: int = 0,
 ) -> list[ComparisonRow]:
-    """One row a method, read where its strength curve loses `budget` of the utility accuracy.
+    """Hold methods against each other at the same loss of utility: a row for each.
 
-    Runs that differ in `seed`, or in the testbed of one recipe, are repetitions of one point; runs that differ in
-    numbers only (kappa, learning_rate, max_steps) are points of one curve, which starts at the original model: no loss,
-    all knowledge, K* = 1. It is read between its points in a straight line, in each resample anew; a curve that ends
-    before `budget` at its last point.
+    A method's row is read where its strength curve loses `budget` of the utility accuracy (0.05: five points). Runs
+    that differ in `seed`, or in the testbed of one recipe, are repetitions of one point; runs that differ in numbers
+    only (kappa, learning_rate, max_steps) are points of one curve, which starts at the original model: no loss, all
+    knowledge, K* = 1. It is read between its points in a straight line, in each resample anew; a curve that ends before
+    `budget` at its last point.
 
     `forget` and `utility` name metrics (testbed_hazard/acc); default: those that the attacks asked, or without attacks
     what `choose_metrics` takes of what all runs were evaluated on. A run that was attacked with other questions is read

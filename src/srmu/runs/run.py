@@ -40,13 +40,17 @@ LOCK = ".lock"
 
 @dataclass(frozen=True)
 class Run:
-    """The folder of one run: `config.yaml`, `metrics.jsonl`, the delta, the state, the record."""
+    """A finished run: its folder, and the model that it left.
+
+    The folder holds `config.yaml`, `metrics.jsonl` (the values of each step), `delta.safetensors` (the changed
+    tensors), `state.safetensors` (what the method drew) and `record.json`; `results.json` once something was measured.
+    """
 
     folder: Path
 
     @classmethod
     def open(cls, folder: str | Path | Run) -> Self:
-        """A finished run; SrmuError where the folder holds none."""
+        """The run in a folder; SrmuError where it holds none that is finished."""
         folder = folder.folder if isinstance(folder, Run) else Path(folder)
         if not (folder / RECORD).is_file():
             config = folder / CONFIG
@@ -56,10 +60,12 @@ class Run:
 
     @cached_property
     def config(self) -> Config:
+        """What decided the run."""
         return load_config(self.folder / CONFIG)
 
     @cached_property
     def record(self) -> dict[str, Any]:
+        """What the run was made from, what it changed and what was measured of it."""
         return read_json(self.folder / RECORD)
 
     @property
