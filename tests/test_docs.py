@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,6 +77,27 @@ def test_readme_python_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> 
     exec(compile(code, "README.md", "exec"), {})
     out = capsys.readouterr().out
     assert "forget activations moved" in out and "{'after': {'testbed_hazard/acc': {" in out
+
+
+def notebook_cells() -> list[dict[str, Any]]:
+    cells = json.loads((ROOT / "docs" / "notebook.ipynb").read_text())["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_holds_no_output() -> None:
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in notebook_cells())
+
+
+@pytest.mark.slow
+def test_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells in order, in a process of their own: a kernel would bring two dozen packages."""
+    code = "\n".join("".join(cell["source"]) for cell in notebook_cells())
+    code += "\nassert accuracy['after']['africa/acc'] < accuracy['after']['others/acc']"
+    code += "\nassert before != after and before != of_run and len(curve) == 100"
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "forget activations moved" in done.stdout
 
 
 def test_contributing_method_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,9 +80,10 @@ def compare_runs(
     knowledge, K* = 1. It is read between its points in a straight line, in each resample anew; a curve that ends before
     `budget` at its last point.
 
-    `forget` and `utility` name metrics (testbed_hazard/acc); default: those that the attacks asked, or without attacks
-    what `choose_metrics` takes of what all runs were evaluated on. A run that was attacked with other questions is read
-    from its evaluation, without K*. SrmuError for runs that cannot be held against each other.
+    `forget` and `utility` name metrics (testbed_hazard/acc). Default: those that the attacks asked; without attacks the
+    accuracies on tasks that begin with testbed_hazard, wmdp or forget_texts, against all others that the runs share. A
+    run that was attacked with other questions is read from its evaluation, without K*. SrmuError for runs that cannot
+    be held against each other.
     """
     if not 0 <= budget <= 1:
         raise SrmuError(f"utility loss {budget:g}: it is a share, from 0 to 1")
