@@ -11,7 +11,7 @@ from difflib import get_close_matches
 class SrmuError(ValueError):
     """Something the user can mend: one line that says what was wrong, where, and what to type.
 
-    Every error that is raised on purpose is one. The command line prints it and ends with exit code 2.
+    The command line prints it and ends with exit code 2.
     """
 
     def __init__(self, message: str) -> None:

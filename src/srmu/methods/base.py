@@ -72,11 +72,7 @@ Level = Literal["logit", "neuron", "representation", "weights"]
 
 @dataclass
 class State:
-    """What a method draws or measures of a topic before the first step.
-
-    `tensors` are saved with the run, `numbers` printed and recorded; `memory` goes from step to step, `parameters` are
-    trained beside the model's.
-    """
+    """What a method draws or measures of a topic before the first step."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)  # saved with the run
     numbers: dict[str, Any] = field(default_factory=dict)  # printed and recorded
