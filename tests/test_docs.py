@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from helpers import attack_world as world
 from srmu.cli import main
@@ -125,6 +126,16 @@ def test_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if not link.startswith(("http:", "https:")):
             assert (page.parent / link).exists(), link
+
+
+def test_forms_and_workflows_are_yaml_and_run_what_is_there() -> None:
+    read = {path.name: yaml.safe_load(path.read_text()) for path in (ROOT / ".github").rglob("*.yml")}
+    for name in ("bug.yml", "feature.yml", "numbers.yml"):
+        assert all("value" in part["attributes"] or "label" in part["attributes"] for part in read[name]["body"])
+    steps = [step["run"] for name in ("ci.yml", "release.yml") for job in read[name]["jobs"].values()
+             for step in job.get("steps", []) if "run" in step]  # fmt: skip
+    assert ".ci/run" in steps and (ROOT / ".ci" / "run").exists()
+    assert read["release.yml"]["jobs"]["publish"]["permissions"] == {"id-token": "write"}  # and no password
 
 
 def test_words_we_do_not_use() -> None:
