@@ -168,6 +168,18 @@ def test_a_callback_sees_every_step(workplace: Path) -> None:
     assert seen == [0, 1, 2, 0, 1]
 
 
+def test_what_a_callback_raises_leaves_the_model_as_it_was() -> None:
+    def callback(step: int, values: dict[str, Any]) -> None:
+        if step == 1:
+            raise KeyboardInterrupt
+
+    model = pico_module()
+    before = copy_tensors(model)
+    with pytest.raises(KeyboardInterrupt):
+        unlearn(model, callback=callback)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_a_method_of_ones_own() -> None:
     """A class of a notebook, which no file holds."""
 

@@ -41,8 +41,8 @@ class InMemoryResult:
     """What unlearning in memory did: all that a run's folder would hold.
 
     `record` is the run's record, without what it says of files; `record["effect"]["sentences"]` say what the run did.
-    `steps` are the values of each step, as a callback gets them. `delta` holds the changed tensors by parameter name,
-    `state` what the method drew or measured, by topic and name.
+    `steps` hold the values of each step that a callback gets, with its number and seconds. `delta` holds the changed
+    tensors by parameter name, `state` what the method drew or measured, by topic and name.
     """
 
     record: dict[str, Any]
