@@ -6,8 +6,10 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from helpers import attack_world as world
 from srmu.cli import main
@@ -78,6 +80,27 @@ def test_readme_python_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "forget activations moved" in out and "{'after': {'testbed_hazard/acc': {" in out
 
 
+def notebook_cells() -> list[dict[str, Any]]:
+    cells = json.loads((ROOT / "docs" / "notebook.ipynb").read_text())["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_holds_no_output() -> None:
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in notebook_cells())
+
+
+@pytest.mark.slow
+def test_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells in order, in a process of their own: a kernel would bring two dozen packages."""
+    code = "\n".join("".join(cell["source"]) for cell in notebook_cells())
+    code += "\nassert accuracy['after']['africa/acc'] < accuracy['after']['others/acc']"
+    code += "\nassert before != after and before != of_run and len(curve) == 100"
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "forget activations moved" in done.stdout
+
+
 def test_contributing_method_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     (code,) = re.findall(r"```python title=\"gaussian_rmu.py\"\n(.*?)```", text, flags=re.DOTALL)
@@ -103,6 +126,16 @@ def test_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if not link.startswith(("http:", "https:")):
             assert (page.parent / link).exists(), link
+
+
+def test_forms_and_workflows_are_yaml_and_run_what_is_there() -> None:
+    read = {path.name: yaml.safe_load(path.read_text()) for path in (ROOT / ".github").rglob("*.yml")}
+    for name in ("bug.yml", "feature.yml", "numbers.yml"):
+        assert all("value" in part["attributes"] or "label" in part["attributes"] for part in read[name]["body"])
+    steps = [step["run"] for name in ("ci.yml", "release.yml") for job in read[name]["jobs"].values()
+             for step in job.get("steps", []) if "run" in step]  # fmt: skip
+    assert ".ci/run" in steps and (ROOT / ".ci" / "run").exists()
+    assert read["release.yml"]["jobs"]["publish"]["permissions"] == {"id-token": "write"}  # and no password
 
 
 def test_words_we_do_not_use() -> None:

@@ -3,9 +3,12 @@
 import tomllib
 from pathlib import Path
 
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+import srmu
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -27,5 +30,10 @@ def test_ranges_start_at_the_lowest_set() -> None:
 
 def test_ranges_hold_the_set_that_ci_runs() -> None:
     pins = read_pins("constraints.txt")
-    wanted = [*USED, *(Requirement(line) for line in EXTRAS["dev"] if not line.startswith("srmu"))]
+    wanted = [*USED, *(Requirement(line) for line in EXTRAS["dev"] + EXTRAS["docs"] if not line.startswith("srmu"))]
     assert [one.name for one in wanted if not one.specifier.contains(pins[canonicalize_name(one.name)])] == []
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"]
+    assert srmu.__version__ == PROJECT["version"] == cited

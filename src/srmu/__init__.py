@@ -5,9 +5,16 @@
     model, result = srmu.unlearn(model, tokenizer, forget=texts, retain=texts, method=srmu.RMU())
     run = srmu.unlearn(srmu.load_config("config.yaml"))
 
-`unlearn` changes a model in memory, or makes the run of a `Config`; `evaluate`, `attack` and
-`compare` measure what is left. The classes in capitals are the methods; their fields are their
-options. A method of one's own is a subclass of `Objective`, which has a loss, or of `Edit`.
+Unlearn:  `unlearn` changes a model in memory, or makes the `Run` of a `Config`, which `load_config`
+          reads from a file and `make_config` makes from a model and texts.
+Measure:  `evaluate` asks questions, `attack` tries to bring the knowledge back, `compare` holds runs
+          against each other.
+Methods:  SRMU, RMU, AdaptiveRMU, NPO, ...: `srmu.METHOD(option=value)`; their fields are their options.
+          One's own is a subclass of `Objective`, which has a loss, or of `Edit`, which writes weights
+          once; it works on a `Topic` with an `EditableModel`.
+Errors:   `SrmuError`, one line that says what to do; `DivergedError`.
+
+`help(srmu.unlearn)` and so on say more.
 """
 
 from importlib import import_module

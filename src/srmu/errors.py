@@ -9,14 +9,20 @@ from difflib import get_close_matches
 
 
 class SrmuError(ValueError):
-    """Something the user can mend: says in a line what was wrong, where, and what to type."""
+    """Something the user can mend: one line that says what was wrong, where, and what to type.
+
+    The command line prints it and ends with exit code 2.
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.splitlines()))  # names of columns or files may hold more
 
 
 class DivergedError(SrmuError):
-    """A loss or gradient became non-finite; the model holds the last good weights."""
+    """A loss or a gradient is no longer finite.
+
+    Of a run from a config the folder keeps the last good weights; a model in memory is as it was before.
+    """
 
 
 def first_line(error: BaseException) -> str:

@@ -90,6 +90,14 @@ def undone(model: Subject, texts: Any, exam: Exam, seed: int) -> AttackResult:
         return AttackResult((ask_exam(model, exam, "the original's weights"),))
 
 
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_run_is_named_by_its_folder(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
+    only(monkeypatch)
+    report = attack_run(kind(run.folder), names="forced_choice", sources=sources(place, oracle=""))
+    assert "forced_choice" in report["attacks"]
+    assert read_attacks(run.folder) == report
+
+
 @pytest.mark.slow
 def test_what_is_written(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch)

@@ -32,6 +32,7 @@ def enter_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_line_changes_in_a_notebook(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     enter_notebook(monkeypatch)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as a kernel does
     clock = iter([0.0, 0.05, 1.0, 2.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     with progress.show_progress("srmu", 3) as tick:

@@ -14,6 +14,7 @@ from srmu.evals.compare import ComparisonRow, choose_metrics, compare_runs, run_
 from srmu.evals.results import read_attacks
 from srmu.report.format import write_range
 from srmu.runs.config import build_config, make_config
+from srmu.runs.run import Run
 
 QUESTIONS = 200  # two of each fact
 METRICS = ["hazard/acc"], ["near/acc"]
@@ -118,6 +119,8 @@ def test_a_method_is_interpolated_along_its_own_curve(tmp_path: Path) -> None:
     assert row.forget_difference is row.residual_difference is None and row.verdict == ""
     assert (row.forget_accuracy.n, row.utility_loss.n) == (QUESTIONS, 2 * QUESTIONS)
     assert compare_runs(runs[::-1], budget=0.06) == [row]
+    assert compare_runs([str(runs[0]), Run.open(runs[1])], budget=0.06, forget="hazard/acc") == [row]
+    assert compare_runs(str(runs[0])) == compare_runs(runs[:1])
     # a quarter of the way to the first point, from the original: nothing lost, all known, K* 1
     (row,) = compare_runs(runs, budget=0.005)
     assert row.forget_accuracy.value == pytest.approx(0.9)

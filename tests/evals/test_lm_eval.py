@@ -5,6 +5,7 @@ import logging
 import random
 from collections.abc import Callable
 from contextlib import contextmanager
+from copy import deepcopy
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -585,6 +586,13 @@ def test_option_without_a_token_is_refused(model, tokenizer, tmp_path):
     tasks_dir = write_task(tmp_path / "tasks", rows)
     with pytest.raises(SrmuError, match=r"an answer cannot be scored: 0 tokens after"):
         evaluate(model, tokenizer, ["quiz"], tasks_dir=tasks_dir)
+
+
+def test_a_tokenizer_without_a_token_to_begin_with_is_refused(model, tokenizer, tmp_path):
+    bare = deepcopy(tokenizer)
+    bare.bos_token = bare.eos_token = None
+    with pytest.raises(SrmuError, match="neither a bos_token nor an eos_token"):
+        evaluate(model, bare, ["quiz"], tasks_dir=write_task(tmp_path / "tasks", [GOOD]))
 
 
 @settings(max_examples=60, deadline=None)

@@ -168,6 +168,18 @@ def test_a_callback_sees_every_step(workplace: Path) -> None:
     assert seen == [0, 1, 2, 0, 1]
 
 
+def test_what_a_callback_raises_leaves_the_model_as_it_was() -> None:
+    def callback(step: int, values: dict[str, Any]) -> None:
+        if step == 1:
+            raise KeyboardInterrupt
+
+    model = pico_module()
+    before = copy_tensors(model)
+    with pytest.raises(KeyboardInterrupt):
+        unlearn(model, callback=callback)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_a_method_of_ones_own() -> None:
     """A class of a notebook, which no file holds."""
 
@@ -251,7 +263,7 @@ def test_models_that_cannot_be_changed_here() -> None:
         unlearn(model)
 
 
-def test_what_was_unlearned_is_evaluated_in_memory(tmp_path: Path) -> None:
+def test_what_was_unlearned_is_evaluated_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from helpers import attack_world
 
     attack_world.write(tmp_path)
@@ -260,6 +272,10 @@ def test_what_was_unlearned_is_evaluated_in_memory(tmp_path: Path) -> None:
     scores = srmu.evaluate(model, ["hazard"], tokenizer=tokenizer, **place)["after"]
     folder = srmu.evaluate(str(tmp_path / "model"), ["hazard"], **place)["after"]
     assert scores == folder
+    monkeypatch.chdir(tmp_path)
+    assert srmu.evaluate(model, "hazard", tokenizer=tokenizer, tasks_dir="tasks")["after"] == scores
+    assert srmu.evaluate("model", "hazard", out="scores")["after"] == scores
+    assert (tmp_path / "scores" / "results.json").exists()
     with pytest.raises(srmu.SrmuError, match="tokenizer="):
         srmu.evaluate(model, ["hazard"])
 

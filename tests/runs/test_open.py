@@ -66,6 +66,19 @@ def test_a_run_is_its_model_before_and_with_its_delta_after(place: Path, kind: A
         assert same(values(module), values(expected))
 
 
+def test_a_run_gives_its_model_as_it_answers(place: Path, copy: Path) -> None:
+    run = Run.open(place / "run")
+    model, tokenizer = run.load_model("cpu")
+    with open_target(run, "cpu").after() as module:
+        assert same(values(model), values(module))
+    assert not model.training and all(p.requires_grad for p in model.parameters())  # an ordinary model
+    assert tokenizer("w1")["input_ids"]
+    record = json.loads((copy / "record.json").read_text())
+    (copy / "record.json").write_text(json.dumps(record | {"diverged": True}))
+    with pytest.raises(SrmuError, match="diverged"):
+        Run.open(copy).load_model()
+
+
 def test_an_export_is_a_model(place: Path, tmp_path: Path) -> None:
     out = Run.open(place / "run").export(tmp_path / "out")
     opened = open_target(out)

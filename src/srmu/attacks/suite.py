@@ -51,10 +51,10 @@ class Sources:
 
 
 def attack_run(
-    run: Run,
+    run: str | Path | Run,
     *,
     tier: Tier = "smoke",
-    names: Sequence[str] = (),
+    names: str | Sequence[str] = (),
     search: Mapping[str, int] = {},
     sources: Sources = Sources(),
     seed: int = 0,
@@ -62,14 +62,19 @@ def attack_run(
     confirm: Callable[[str], bool] = lambda text: True,
     watch: progress.Watch | None = None,
 ) -> dict[str, Any]:
-    """Attack a run with those of a tier, or of `names`; merge the report into its results.
+    """Try to bring back what a run was to forget, with the attacks of a tier or those of `names`.
 
-    Each runs on the original and on the oracle, too, or asks the original what it never knew, and is kept in the cache
-    folder, so that an interrupted suite goes on. `confirm` is asked about each attack that takes hours. `search` are
-    constants of `tuned_relearning`.
+    Gives the report, which is merged into the run's `results.json`: `report["K*"]` is the share of the knowledge that
+    the strongest attack finds, with its interval; `report["attacks"]` holds each attack's numbers by name. `sources`
+    say what to ask; for a run on a testbed the default finds it.
+
+    Each attack also runs on the original and on the oracle, or asks the original what it never knew, and is kept in
+    the cache folder, so that an interrupted suite goes on. `confirm` is asked about each attack that takes hours.
+    `search` holds constants of `tuned_relearning`, such as `{"trials": 40}`. SrmuError where an attack or a task does
+    not exist, or the questions are too few.
     """
-    watch = watch or progress.choose_progress()
-    chosen = select_attacks(tier, names, search)
+    watch, run = watch or progress.choose_progress(), Run.open(run)
+    chosen = select_attacks(tier, results.list_names(names), search)
     results.check_results(run.folder)  # what is wrong with them must show before the work
     sources = fill_sources(sources, run.config, run.base)
     exam = load_exam(sources, seed)

@@ -22,7 +22,10 @@ from srmu.errors import SrmuError, first_line
 
 
 class EditableModel:
-    """A causal LM cut to `depth` layers, in which only the parameters named `trainable` change.
+    """A causal language model cut to `depth` layers, in which only the parameters named `trainable` change.
+
+    What a method works on: `hidden` and `logits` are its answers as it is now, inside `frozen()` as it was; `trained`
+    holds the parameters that change, by name, `original` what they were.
 
     `trainable` holds roles by layer (`"7.mlp_down"`, `"7.mlp+router"`) or glob patterns of parameter names, whose
     originals are kept: the frozen model is this same module inside `frozen()`. The layers below the first trained one

@@ -33,7 +33,7 @@ def show_progress(label: str, total: int) -> Iterator[Tick]:
     """Show progress over `total` steps (0: nobody knows) on standard error; call the yielded function once a step."""
     _shown.append(label)
     try:
-        if not stderr.is_terminal:
+        if in_notebook() or not stderr.is_terminal:  # a kernel sets FORCE_COLOR, which rich takes for a terminal
             yield write_lines(label, total)
             return
         numbers = BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn()

@@ -36,6 +36,10 @@ class Site:
 
     `resid_post` is the output of the decoder layer (D wide), `mlp_out` that of its MLP (D wide), `mlp_post` the input
     of the MLP's down-projection (F wide).
+
+    Examples:
+        >>> str(srmu.Site(7, "mlp_out"))
+        '7.mlp_out'
     """
 
     layer: int

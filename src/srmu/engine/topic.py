@@ -53,8 +53,8 @@ def move_batch(batch: Mapping[str, Tensor], device: torch.device | str) -> Batch
 class Topic:
     """One thing to forget and what to retain beside it, as batches of tokens.
 
-    `vocabulary` holds the ids of ordinary tokens. `options` replaces options of the method. `counts` describes texts
-    without quoting them. `own` holds texts that the original model wrote, which are never saved.
+    `vocabulary` holds the ids of ordinary tokens. `options` replace those of the method. `counts` describes
+    the texts without quoting them. `own` holds texts that the original model wrote, which are never saved.
     """
 
     name: str

@@ -28,7 +28,7 @@ KEPT_NUMBERS = ("kept_step", "first_loss", "recent")  # of the stop rules, in a 
 
 
 class Terms(NamedTuple):
-    """Losses to sum and minimise, and values to log: means, or tensors if one process has the whole batch."""
+    """Losses to sum and minimise, and values to log, by name: means, or tensors if one process has the whole batch."""
 
     losses: Mapping[str, Mean | Tensor]
     logged: Mapping[str, Mean | Tensor]
@@ -47,7 +47,10 @@ LossFunction = Callable[[Batch, Batch, int], Terms]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """How to train; options have the names of transformers' TrainingArguments where those exist."""
+    """How to train: what stands under `train:` in a config.
+
+    Options have the names of transformers' TrainingArguments where those exist.
+    """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from srmu.errors import SrmuError, suggest_word
 from srmu.evals import statistics
-from srmu.evals.results import PLAIN, Metrics, Row, read_attacks, read_metrics
+from srmu.evals.results import PLAIN, Metrics, Row, list_names, read_attacks, read_metrics
 from srmu.runs.config import UNDECIDING, Config
 from srmu.runs.effect import REPETITION
 from srmu.runs.run import Run
@@ -66,29 +66,35 @@ class MethodReading(NamedTuple):
 
 
 def compare_runs(
-    runs: Sequence[Path], budget: float = 0.05, forget: Sequence[str] = (), utility: Sequence[str] = (), seed: int = 0
+    runs: str | Path | Run | Sequence[str | Path | Run],
+    budget: float = 0.05,
+    forget: str | Sequence[str] = (),
+    utility: str | Sequence[str] = (),
+    seed: int = 0,
 ) -> list[ComparisonRow]:
-    """One row a method, read where its strength curve loses `budget` of the utility accuracy.
+    """Hold methods against each other at the same loss of utility: a row for each.
 
-    Runs that differ in `seed`, or in the testbed of one recipe, are repetitions of one point; runs that differ in
-    numbers only (kappa, learning_rate, max_steps) are points of one curve, which starts at the original model: no loss,
-    all knowledge, K* = 1. It is read between its points in a straight line, in each resample anew; a curve that ends
-    before `budget` at its last point.
+    A method's row is read where its strength curve loses `budget` of the utility accuracy (0.05: five points). Runs
+    that differ in `seed`, or in the testbed of one recipe, are repetitions of one point; runs that differ in numbers
+    only (kappa, learning_rate, max_steps) are points of one curve, which starts at the original model: no loss, all
+    knowledge, K* = 1. It is read between its points in a straight line, in each resample anew; a curve that ends before
+    `budget` at its last point.
 
-    `forget` and `utility` name metrics (testbed_hazard/acc); default: those that the attacks asked, or without attacks
-    what `choose_metrics` takes of what all runs were evaluated on. A run that was attacked with other questions is read
-    from its evaluation, without K*. SrmuError for runs that cannot be held against each other.
+    `forget` and `utility` name metrics (testbed_hazard/acc). Default: those that the attacks asked; without attacks the
+    accuracies on tasks that begin with testbed_hazard, wmdp or forget_texts, against all others that the runs share. A
+    run that was attacked with other questions is read from its evaluation, without K*. SrmuError for runs that cannot
+    be held against each other.
     """
     if not 0 <= budget <= 1:
         raise SrmuError(f"utility loss {budget:g}: it is a share, from 0 to 1")
     if not runs:
         raise SrmuError("name the folders of one run or more")
-    opened = [Run.open(folder) for folder in runs]
+    opened = [Run.open(run) for run in ([runs] if isinstance(runs, str | Path | Run) else runs)]
     draws = statistics.Draws(seed)
     attacks = {}
     metrics, reports = ([read(run.folder) for run in opened] for read in (read_metrics, read_attacks))
     known = [*chain(*(own["after"] for own in metrics)), *chain(*(chain(*metrics_of(one)) for one in reports if one))]
-    named = spell_metrics(forget, known), spell_metrics(utility, known)
+    named = spell_metrics(list_names(forget), known), spell_metrics(list_names(utility), known)
     for run, report in zip(opened, reports, strict=True):
         if report and all(not own or own == asked for own, asked in zip(named, metrics_of(report), strict=True)):
             attacks[run.folder] = report

@@ -33,6 +33,8 @@ class Harness(HFLM):
         with patch.object(model, "tie_weights"):  # HFLM calls it, which would undo an edit of a tied head
             # a copy, because HFLM may give the tokenizer a padding token
             super().__init__(model, tokenizer=deepcopy(tokenizer), batch_size=batch_size, backend="causal")
+        if self.prefix_token_id is None:
+            raise SrmuError("the tokenizer has neither a bos_token nor an eos_token; lm-eval needs one to begin a text")
         self.encode_once = lru_cache(64)(super().tok_encode)  # a question comes with each option
         self.task = ""
         self.watch: Watch = ignore_progress

@@ -35,6 +35,11 @@ Row = dict[str, Any]
 Metrics = dict[str, dict[str, Any]]  # "task/metric": value, n and what else is known
 
 
+def list_names(names: str | Sequence[str]) -> list[str]:
+    """Names of tasks, metrics or attacks; one may stand alone."""
+    return [names] if isinstance(names, str) else [*names]
+
+
 def load_results(folder: Path) -> dict[str, Any]:
     """The content of a folder's `results.json`; no rows where there is none."""
     path = folder / RESULTS

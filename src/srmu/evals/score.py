@@ -18,7 +18,7 @@ from srmu.evals import benchmarks, results
 from srmu.evals.benchmarks import base
 from srmu.evals.continuations import Prompts, measure_repetition, read_prompts
 from srmu.evals.lm_eval import evaluate
-from srmu.evals.results import Metrics, merge_results, metric_rows, plain_metrics
+from srmu.evals.results import Metrics, list_names, merge_results, metric_rows, plain_metrics
 from srmu.evals.subject import Subject
 from srmu.runs.run import OpenedModel, Run, open_target
 
@@ -30,23 +30,28 @@ T = TypeVar("T")
 
 def score_model(
     target: str | Path | Run | PreTrainedModel,
-    tasks: Sequence[str] = (),
+    tasks: str | Sequence[str] = (),
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     tasks_dir: str | Path | None = None,
     limit: int | None = None,
     device: str = "auto",
-    out: Path | None = None,
+    out: str | Path | None = None,
     watch: Watch | None = None,
 ) -> dict[str, Metrics]:
-    """Score a model folder, a hub id or a run: `{"after": ...}`, for a run also `"before"`.
+    """Ask a model, or a run before and after, the questions of lm-eval tasks.
 
-    A model that is in memory comes with its `tokenizer`, and is scored where it lies. A run's own `eval` tasks are the
-    default; local tasks are in `tasks_dir`, else in the run's, else in `tasks/` beside the model. Of a run comes also
-    how much it repeats itself: `repetition/forget`, `repetition/neutral`. Scores are merged into the `results.json` of
-    the run, or of the folder `out`.
+    Gives the metrics by task, `{"after": {"quiz/acc": {"value": 0.4, "stderr": 0.1, "n": 25}}}`, of a run also those
+    `"before"`. `target` is a model's folder, a hub id, a run or its folder; a model in memory comes with its
+    `tokenizer`, and is scored where it lies.
+
+    `tasks` are names, or one; default: those in the run's `eval`. A task is one of lm-eval's own or a YAML file in
+    `tasks_dir`, else in the run's, else in `tasks/` beside the model. `limit` takes the first questions. A run's scores
+    also say how much it repeats itself, `repetition/forget` and `repetition/neutral`, and are merged into its
+    `results.json`; those of a model's folder into that of the folder `out`. SrmuError for a task that is unknown,
+    broken or out of reach.
     """
-    watch = watch or choose_progress()
+    watch, tasks, out = watch or choose_progress(), list_names(tasks), None if out is None else Path(out)
     if isinstance(target, nn.Module):
         if tokenizer is None:
             raise SrmuError("a model in memory is scored with its tokenizer: tokenizer=...")

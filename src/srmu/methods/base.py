@@ -72,7 +72,7 @@ Level = Literal["logit", "neuron", "representation", "weights"]
 
 @dataclass
 class State:
-    """What a method draws or measures for one topic before the first step."""
+    """What a method draws or measures of a topic before the first step."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)  # saved with the run
     numbers: dict[str, Any] = field(default_factory=dict)  # printed and recorded
@@ -104,7 +104,13 @@ def scale_rate(rate: float, config: Any) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """A way to unlearn."""
+    """A way to unlearn: a frozen dataclass, whose fields are its options.
+
+    Most derive from `Objective` or `Edit`. Class attributes say what a method is: `name`, by which configs call it;
+    `paper`; `level`, what it works on; `uses`, what it needs besides the model and forget texts; `learning_rate` and
+    `schedule`, where a run names none; `endless`, where nothing bounds its loss from below. SrmuError where an option
+    is outside the bounds of its type (`Count`, `Share`, `Weight`).
+    """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
@@ -131,7 +137,7 @@ class Method(ABC):
 
     @property
     def trainable(self) -> tuple[str, ...]:
-        """Roles by layer, or glob patterns of parameter names."""
+        """What is trained: roles by layer, such as `7.mlp_down`, or glob patterns of parameter names."""
         return ("*",)
 
     @property
@@ -207,7 +213,8 @@ class Edit(Method):
     """A method that writes weights once."""
 
     @abstractmethod
-    def edit(self, model: EditableModel, topics: Sequence[Topic], watch: Watch) -> dict[str, State]: ...
+    def edit(self, model: EditableModel, topics: Sequence[Topic], watch: Watch) -> dict[str, State]:
+        """Write the new values into the tensors of `model.trained`; gives the state of each topic by its name."""
 
     def apply(self, model: EditableModel, topics: Sequence[Topic], session: Session) -> MethodOutcome:
         return MethodOutcome(self.edit(model, topics, session.watch), "edited")
@@ -217,10 +224,16 @@ class Objective(Method):
     """A method that optimises a loss."""
 
     def setup(self, model: EditableModel, topic: Topic) -> State:
+        """What to draw or measure of a topic before the first step; nothing, unless a method says so."""
         return State()
 
     @abstractmethod
-    def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms: ...
+    def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
+        """The losses of a step, to be summed, and the values to log beside them.
+
+        `model` answers as it is now, inside `model.frozen()` as it was before. Where there are no retain texts,
+        `retain` is empty.
+        """
 
     def write_texts(self, model: EditableModel, topic: Topic, state: State) -> Sequence[Sequence[int]]:
         """The model's own texts that `prepared` is to find in the topic."""

@@ -71,7 +71,12 @@ class Purpose(BaseModel, extra="forbid"):
 
 
 class Config(BaseModel, extra="forbid", frozen=True):
-    """Everything that decides a run."""
+    """Everything that decides a run, checked: what a config file holds.
+
+    `load_config` and `make_config` make one. `method` is a Method, `topics` name what to forget and what to retain
+    beside it, `train` holds TrainOptions. `eval`, `tasks_dir`, `runs_dir`, `cache` and `purpose` do not change the
+    weights, and so are not part of the `id`.
+    """
 
     model: str
     revision: str | None = None
@@ -107,7 +112,11 @@ class Config(BaseModel, extra="forbid", frozen=True):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML config; relative paths in it start at its own folder."""
+    """Read a config from a YAML file, with overrides such as `train.max_steps=20`.
+
+    Relative paths in the file start at its own folder, those of overrides at the working folder. SrmuError names the
+    line or the key that is wrong, and the option that it is near to.
+    """
     path = Path(path)
     return build_config(rebase_paths(read_tree(path), path.resolve().parent), overrides)
 
@@ -177,7 +186,19 @@ def forget_old_method(values: dict[str, Any], name: str) -> None:
 def make_config(
     model: str, forget: Files, retain: Files = (), method: str | Method = "srmu", overrides: Sequence[str] = ()
 ) -> Config:
-    """A config for one topic from a model, two sets of text files, and a method or its name."""
+    """A config for one topic, without a file: a model, text files, and a method or its name.
+
+    `model` is a folder or a hub id; `overrides` are those of `load_config`. Only names are checked here: files and the
+    model when the run is made.
+
+    Examples:
+        >>> config = srmu.make_config("model", "forget.jsonl", "retain.jsonl", "rmu", ["method.kappa=16"])
+        >>> config.method.kappa, config.train.max_steps
+        (16.0, 150)
+        >>> srmu.make_config("model", "forget.jsonl", overrides=["train.max_step=20"])
+        Traceback (most recent call last):
+        srmu.errors.SrmuError: train.max_step is not an option; did you mean max_steps?
+    """
     named = _method_dict(method) if isinstance(method, Method) else {"name": method}
     topics = {"topic": {"forget": forget, "retain": retain}}
     return build_config({"model": str(model), "method": named, "topics": topics}, overrides)

@@ -38,11 +38,11 @@ Texts = Any  # texts, rows, files (pathlib), a data set; see `as_sources`
 
 @dataclass(frozen=True)
 class InMemoryResult:
-    """What a run would have written of unlearning in memory.
+    """What unlearning in memory did: all that a run's folder would hold.
 
-    `record` holds what a run's record says, but for files; `record["effect"]["sentences"]` say what it did.
-    `steps` holds the lines of `metrics.jsonl`, `delta` the model's changed tensors by name, `state` what the method
-    drew or measured by topic.
+    `record` is the run's record, without what it says of files; `record["effect"]["sentences"]` say what the run did.
+    `steps` hold the values of each step that a callback gets, with its number and seconds. `delta` holds the changed
+    tensors by parameter name, `state` what the method drew or measured, by topic and name.
     """
 
     record: dict[str, Any]
@@ -82,18 +82,29 @@ def unlearn(
 
 
 def unlearn(model: Any, tokenizer: Any = None, /, *, watch: Watch | None = None, **options: Any) -> Any:
-    """Unlearn what a config says, in a run's folder, or change a model that is in memory.
+    """Make a model in memory unlearn texts, or make the run of a config.
 
-    `unlearn(config)` gives the Run: its folder holds the changed tensors and the record, `out` a full checkpoint.
     `unlearn(model, tokenizer, forget=..., retain=...)` changes the model in place and gives it with an InMemoryResult;
     nothing is written. Where an error ends it, the model is as before.
+    `unlearn(config)` gives the Run: its folder holds the changed tensors and the record, `out` a full checkpoint.
 
-    Texts are a list of strings, of rows like {"text": "..."}, a `datasets.Dataset` with a column `text`, or files as
+    Texts are a list of strings, of rows like `{"text": "..."}`, a `datasets.Dataset` with a column `text`, or files as
     `pathlib.Path`: a string is never taken for a path. `method` is a Method, its class or its name; `train` is what
     stands under `train:` in a config file; `max_length` cuts each text at so many tokens; `seed` draws what is random.
 
     `callback(step, values)` is called after every step. Progress shows in a terminal and in a notebook; with
-    `watch=srmu.engine.progress.ignore_progress` nothing does.
+    `watch=srmu.engine.progress.ignore_progress` nothing does. SrmuError says what is wrong with what was given;
+    DivergedError ends a training whose numbers are no longer finite.
+
+    Examples:
+        >>> model, result = srmu.unlearn(
+        ...     model, tokenizer, forget=["w1 w2 w3"], retain=["w4 w5 w6"],
+        ...     method=srmu.RMU(layer=2), train={"max_steps": 3},
+        ... )
+        >>> len(result.steps), result.steps[0]["topic"]
+        (3, 'topic')
+        >>> sorted(result.delta)[0], len(result.delta)  # the down-projections of three layers
+        ('model.layers.0.mlp.down_proj.weight', 3)
     """
     watch = watch or choose_progress()
     if isinstance(model, Config):

@@ -32,7 +32,7 @@ from srmu.runs.record import CONFIG, DELTA, METRICS, RECORD, STATE
 from srmu.runs.training import CHECKPOINTS, train_run
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CARD = "README.md"
 LOCK = ".lock"
@@ -40,14 +40,18 @@ LOCK = ".lock"
 
 @dataclass(frozen=True)
 class Run:
-    """The folder of one run: `config.yaml`, `metrics.jsonl`, the delta, the state, the record."""
+    """A finished run: its folder, and the model that it left.
+
+    The folder holds `config.yaml`, `metrics.jsonl` (the values of each step), `delta.safetensors` (the changed
+    tensors), `state.safetensors` (what the method drew) and `record.json`; `results.json` once something was measured.
+    """
 
     folder: Path
 
     @classmethod
-    def open(cls, folder: str | Path) -> Self:
-        """A finished run; SrmuError where the folder holds none."""
-        folder = Path(folder)
+    def open(cls, folder: str | Path | Run) -> Self:
+        """The run in a folder; SrmuError where it holds none that is finished."""
+        folder = folder.folder if isinstance(folder, Run) else Path(folder)
         if not (folder / RECORD).is_file():
             config = folder / CONFIG
             hint = f"; srmu unlearn {config} makes it" if config.is_file() else ""
@@ -56,10 +60,12 @@ class Run:
 
     @cached_property
     def config(self) -> Config:
+        """What decided the run."""
         return load_config(self.folder / CONFIG)
 
     @cached_property
     def record(self) -> dict[str, Any]:
+        """What the run was made from, what it changed and what was measured of it."""
         return read_json(self.folder / RECORD)
 
     @property
@@ -85,6 +91,16 @@ class Run:
                 f"srmu verify {self.folder} says what differs"
             )
         return folder
+
+    def load_model(self, device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The unlearned model in memory, ready to answer, with its tokenizer; nothing is written.
+
+        SrmuError where the run left no model by itself, or diverged.
+        """
+        self.require_model()
+        opened = OpenedModel(self.base, self, device)
+        weights.apply_delta(opened.module, *self.changes)
+        return opened.module.requires_grad_(True), opened.tokenizer
 
     def export(
         self, out: str | Path, link: bool | None = None, watch: Watch = ignore_progress, *, last_good: bool = False
