@@ -7,7 +7,7 @@ import griffe
 
 class FieldComments(griffe.Extension):
     def on_class_members(self, *, cls: griffe.Class, **kwargs: Any) -> None:
-        fields = [one for one in cls.attributes.values() if one.is_public and one.annotation and one.lineno]
+        fields = [one for one in cls.attributes.values() if one.name[0] != "_" and one.annotation and one.lineno]
         told = {field: describe_field(field) for field in fields if "property" not in field.labels}
         if cls.docstring and any(told.values()):
             rows = [f"    {field.name} ({name_type(field)}): {text or '-'}" for field, text in told.items()]
