@@ -23,8 +23,9 @@ SUBJECTS = dict.fromkeys(["entanglement", "names", "tokens"], "the word texts") 
 Subject = Annotated[
     Literal["reach", "confidence", "sensitivity", "alignment", "layers", "entanglement", "names", "tokens"] | None,
     Option(
+        metavar="WHAT",
         help="Of a model or a run: reach (default), confidence, sensitivity; of a run: alignment, "
-        "layers; of texts: entanglement (default), names, tokens (default with --model and no target)."
+        "layers; of texts: entanglement (default), names, tokens (default with --model and no target).",
     ),
 ]
 FIRST, TOKENS = 2, 20  # rows, and first and last tokens of each, that are shown
@@ -34,13 +35,17 @@ FIRST, TOKENS = 2, 20  # rows, and first and last tokens of each, that are shown
 def eval_command(
     target: Annotated[str, Argument(metavar="MODEL_OR_RUN", help="Folder or hub id.")],
     tasks: Annotated[
-        str, Option(help="lm-eval or local tasks, tofu, muse, rwku, whp, wmdp (tofu/forget05), a,b; or the run's own.")
+        str,
+        Option(
+            help="Tasks of lm-eval or your own, and benchmarks (tofu/forget05, muse, rwku, whp, wmdp): a,b; "
+            "default: the run's."
+        ),
     ] = "",
     tasks_dir: options.TasksDir = None,
-    limit: Annotated[int | None, Option(help="Only the first N questions.")] = None,
-    data: Annotated[str, Option(help="Folder of a benchmark's data; default: hub.")] = "",
+    limit: Annotated[int | None, Option(help="Ask only the first N questions.")] = None,
+    data: Annotated[str, Option(help="Folder with a benchmark's data; default: the hub.")] = "",
     oracle: options.Oracle = "",
-    template: Annotated[str, Option(help="How a benchmark asks, with {question}.")] = "",
+    template: Annotated[str, Option(help="How a benchmark puts its question: a text with {question} in it.")] = "",
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
@@ -95,14 +100,18 @@ def score_table(scores: Mapping[str, Any]) -> list[dict[str, str]]:
 @verbs.command("ask", rich_help_panel=GROUP)
 def ask_command(
     target: Annotated[str, Argument(metavar="RUN_OR_MODEL", help="Folder or hub id.")],
-    prompts: Annotated[list[str], Argument(metavar="PROMPT", help="What to continue, each in quotes.")],
-    chat: Annotated[bool, Option("--chat", help="Ask as a user, by the model's chat template.")] = False,
+    prompts: Annotated[
+        list[str], Argument(metavar="PROMPT", help="Words for the model to continue, each prompt in quotes.")
+    ],
+    chat: Annotated[bool, Option("--chat", help="Ask as a user would, through the model's chat template.")] = False,
     tokens: Annotated[int, Option(min=1, help="The most tokens to write.")] = 48,
     device: options.Device = "auto",
-    out: Annotated[Path | None, Option(help="Write prompts and answers here (JSON); else nothing is.")] = None,
+    out: Annotated[
+        Path | None, Option(help="Write prompts and answers to this JSON file; otherwise nothing is written.")
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Show what a model writes after a prompt; of a run, before and after side by side."""
+    """Show what a model writes after a prompt; for a run, before and after, side by side."""
     from srmu.engine.files import format_json, require_free, write_output
     from srmu.evals.continuations import ask_model
     from srmu.evals.score import title_models
@@ -129,24 +138,24 @@ def ask_command(
 def attack_command(
     run: Annotated[Path, Argument(help="A run's folder.")],
     tier: options.Tier = "smoke",
-    attacks: Annotated[str, Option(help="Only these, a,b: names or E4, E7.")] = "",
-    tasks: Annotated[str, Option(help="lm-eval tasks on the forget knowledge, a,b.")] = "",
-    val: Annotated[str, Option(help="Tasks to choose settings on, or split.")] = "",
+    attacks: Annotated[str, Option(help="Run only these attacks: names, or numbers such as E4,E7.")] = "",
+    tasks: Annotated[str, Option(help="Tasks on what is to be forgotten: a,b.")] = "",
+    val: Annotated[str, Option(help="Tasks to choose an attack's settings on; split: half of --tasks.")] = "",
     utility: options.Utility = "",
     tasks_dir: options.TasksDir = None,
-    neutral: Annotated[str, Option(help="File of texts unrelated to the forget texts.")] = "",
-    holdout: Annotated[str, Option(help="File of similar texts that the model never saw.")] = "",
+    neutral: Annotated[str, Option(help="File with texts unrelated to the forget texts.")] = "",
+    holdout: Annotated[str, Option(help="File with texts like the forget texts that the model never saw.")] = "",
     oracle: options.Oracle = "",
-    unknown: Annotated[str, Option(help="No oracle: tasks on facts that the model never knew, a,b.")] = "",
-    limit: Annotated[int, Option(help="Questions per task and half.")] = 400,
-    trials: Annotated[int | None, Option(min=1, help="Trainings that tuned_relearning tries.")] = None,
-    steps: Annotated[int | None, Option(min=1, help="The most steps of each.")] = None,
+    unknown: Annotated[str, Option(help="Without an oracle: tasks on facts that the model never knew, a,b.")] = "",
+    limit: Annotated[int, Option(help="The most questions of each task and half.")] = 400,
+    trials: Annotated[int | None, Option(min=1, help="tuned_relearning: how many trainings to try.")] = None,
+    steps: Annotated[int | None, Option(min=1, help="tuned_relearning: the most steps of each training.")] = None,
     seed: int = 0,
     device: options.Device = "auto",
-    yes: Annotated[bool, Option("--yes", help="Do not ask before attacks that take hours.")] = False,
+    yes: Annotated[bool, Option("--yes", help="Start attacks that take hours without asking.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Attack a run: what brings the knowledge back, beside the original and the oracle."""
+    """Attack a run: see what brings the knowledge back, compared with the original model."""
     from srmu.attacks import suite
     from srmu.attacks.summary import describe_attacks
     from srmu.evals.results import RESULTS
@@ -200,7 +209,7 @@ def describe_metrics(entry: Mapping[str, Any]) -> str:
 
 @verbs.command("compare", rich_help_panel=GROUP)
 def compare_command(
-    runs: Annotated[list[Path], Argument(help="Folders of runs, the first to compare to.")],
+    runs: Annotated[list[Path], Argument(help="Folders of runs; the others are compared with the first.")],
     budget: options.Budget = "5%",
     metrics: options.Metrics = "",
     utility_metrics: options.UtilityMetrics = "",
@@ -228,23 +237,29 @@ def compare_command(
 @verbs.command("inspect", rich_help_panel=GROUP)
 def inspect_command(
     target: Annotated[
-        str, Argument(metavar="MODEL|RUN|texts", help="A model, a run, or the word: texts (with --forget).")
+        str, Argument(metavar="MODEL|RUN|texts", help="A model, a run, or the word texts (with --forget).")
     ] = "",
-    settings: Annotated[list[str] | None, Argument(metavar="key=value", help="reach: method.layer=3.")] = None,
+    settings: Annotated[
+        list[str] | None, Argument(metavar="key=value", help="reach: options of the method, such as method.layer=3.")
+    ] = None,
     what: Subject = None,
-    method: Annotated[str, Option(help="reach: which method; default: srmu.")] = "",
+    method: Annotated[str, Option(help="reach: the method; default: srmu.")] = "",
     forget: options.Forget = None,
     retain: options.Retain = None,
-    model: Annotated[str, Option(help="entanglement: compare its activations, too; tokens: whose.")] = "",
-    tasks: Annotated[str, Option(help="entanglement: are they in the texts? a,b")] = "",
+    model: Annotated[
+        str, Option(help="entanglement: also compare this model's activations; tokens: whose tokenizer.")
+    ] = "",
+    tasks: Annotated[str, Option(help="entanglement: look for these tasks' questions in the texts.")] = "",
     tasks_dir: options.TasksDir = None,
-    definition: Annotated[Definition, Option(help="entanglement: which overlap of n-grams.")] = "pair_containment",
+    definition: Annotated[
+        Definition, Option(metavar="KIND", help="entanglement: pair_containment, pair_multiset or corpus_jaccard.")
+    ] = "pair_containment",
     metrics: options.Metrics = "",
     device: options.Device = "auto",
-    out: Annotated[Path | None, Option(help="The page, WHAT.html; names: a .txt file.")] = None,
+    out: Annotated[Path | None, Option(help="Where to write the page; names: a .txt file.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Look inside a model, a run or texts: what a method changes, how entangled texts are."""
+    """Look inside a model, a run or texts: what a method would change, how entangled the texts are."""
     if not target:
         if not forget and not retain:
             raise SrmuError("name a model or a run, or texts: --forget FILE")

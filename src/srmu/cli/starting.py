@@ -24,17 +24,24 @@ KINDS = {
 
 verbs = typer.Typer()
 topics = typer.Typer(no_args_is_help=True)
-verbs.add_typer(topics, name="info", rich_help_panel="Start", help="What srmu knows: methods, cache, this machine.")
+verbs.add_typer(
+    topics,
+    name="info",
+    rich_help_panel="Start",
+    help="List the methods and their options, the cache, and what is installed here.",
+)
 
 
 @verbs.command("demo", rich_help_panel="Start")
 def play_demo_command(
-    out: Annotated[Path, Option(help="Folder for the testbed, runs and report.")] = Path("demo"),
-    seeds: Annotated[str, Option(help="Seeds of the runs (0,1,2; on the real model 0).")] = "",
-    world: Annotated[str, Option(help="atlas: a real model; closed: an invented world (what is here).")] = "",
+    out: Annotated[Path, Option(help="Folder for the testbed, the runs and the report.")] = Path("demo"),
+    seeds: Annotated[str, Option(help="Seeds of the runs; default: 0,1,2, and 0 for the real model.")] = "",
+    world: Annotated[
+        str, Option(help="atlas: a real model; closed: an invented world; default: the real one if it is installed.")
+    ] = "",
     as_json: options.Json = False,
 ) -> None:
-    """The whole story offline: a real model, four methods, two regimes, a table, a map and an attack."""
+    """See it all on a small real model, offline: four methods, a table, a map, an attack and a report."""
     from srmu.reproduce import demo
 
     named = output.split_seeds(seeds)
@@ -91,8 +98,10 @@ ADVICE = (
 
 @topics.command("methods")
 def list_methods_command(
-    name: Annotated[str, Argument(help="One method: its options.")] = "",
-    markdown: Annotated[bool, Option("--markdown", help="All of them, as the reference page in the docs.")] = False,
+    name: Annotated[str, Argument(help="A method, to see its options.")] = "",
+    markdown: Annotated[
+        bool, Option("--markdown", help="Print all methods as the reference page of the docs.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """The methods: paper, level, what each needs and trains, and its options."""
@@ -124,8 +133,8 @@ def list_methods_command(
 
 @topics.command("cache")
 def show_cache(
-    action: Annotated[Literal["ls", "clear"], Argument(help="List it, or empty it.")] = "ls",
-    everything: Annotated[bool, Option("--all", help="Clear testbeds and evaluations, too.")] = False,
+    action: Annotated[Literal["ls", "clear"], Argument(help="ls lists it, clear empties it.")] = "ls",
+    everything: Annotated[bool, Option("--all", help="Also clear testbeds and evaluations.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """The cache folder: activations that later runs use again, testbeds, evaluations."""

@@ -18,18 +18,22 @@ GO_ON = "finished runs are kept: the same command goes on, and --show prints the
 
 @verbs.command("report", rich_help_panel=SHOW)
 def report_command(
-    paths: Annotated[list[Path], Argument(metavar="PATH...", help="Runs, or one study.")],
-    out: Annotated[Path, Option("--out", "-o", help="The page.")] = Path("report.html"),
+    paths: Annotated[
+        list[Path], Argument(metavar="PATH...", help="Folders of runs, or of one sweep, auto search or reproduction.")
+    ],
+    out: Annotated[Path, Option("--out", "-o", help="Where to write the page.")] = Path("report.html"),
     metrics: options.Metrics = "",
     utility_metrics: options.UtilityMetrics = "",
     budget: options.Budget = "",
     samples: Annotated[
         Literal["neutral", "forget"] | None,
-        Option(help="Also show what the models write: after harmless words, or after forget texts, too (private)."),
+        Option(
+            help="Also show what the models write: after harmless words (neutral), or after forget texts too (forget)."
+        ),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Draw runs, a sweep, a choice or a reproduction as one page that opens anywhere."""
+    """Make one page that opens offline from runs, a sweep, an auto search or a reproduction."""
     from srmu.report.build import write_report
 
     forget, utility = output.split_names(metrics), output.split_names(utility_metrics)
@@ -43,14 +47,14 @@ def report_command(
 @verbs.command("verify", rich_help_panel=SHOW)
 def verify_command(
     folder: Annotated[Path, Argument(metavar="RUN_OR_EXPORT", help="A run or an export.")],
-    settings: Annotated[list[str] | None, Argument(metavar="key=value", help="rerun: runs_dir, device.")] = None,
-    rerun: Annotated[bool, Option("--rerun", help="Make the run again and compare it.")] = False,
-    key: Annotated[Path | None, Option(help="Public Ed25519 key (PEM): check the signature.")] = None,
-    sign: Annotated[Path | None, Option(help="Private Ed25519 key (PEM) to sign with.")] = None,
-    summary: Annotated[Path | None, Option(help="Write the record here, on one page.")] = None,
+    settings: Annotated[list[str] | None, Argument(metavar="key=value", help="--rerun: runs_dir or device.")] = None,
+    rerun: Annotated[bool, Option("--rerun", help="Make the run again and compare the two.")] = False,
+    key: Annotated[Path | None, Option(help="Check the signature with this public Ed25519 key (PEM).")] = None,
+    sign: Annotated[Path | None, Option(help="Sign with this private Ed25519 key (PEM).")] = None,
+    summary: Annotated[Path | None, Option(help="Write the record to this file, as one page.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Recompute every digest of a run or an export, and of its base model, against the record."""
+    """Check every digest of a run or an export, and of its base model, against the record."""
     from srmu.engine.files import write_output
     from srmu.runs import verify as checks
     from srmu.runs.model_card import summarise_record
@@ -94,20 +98,27 @@ def verify_command(
 @verbs.command("testbed", rich_help_panel=STUDY)
 def testbed_command(
     out: Annotated[Path, Argument(help="Folder to write.")],
-    world: Annotated[str, Option(help="closed; open: harder; people: benchmarks; atlas: real facts.")] = "closed",
-    seed: Annotated[int, Option(help="Each gives another world and model; atlas: other halves.")] = 0,
+    world: Annotated[
+        str, Option(help="closed: invented; open: harder; people: for the benchmarks; atlas: real facts.")
+    ] = "closed",
+    seed: Annotated[int, Option(help="Each seed gives another world and model; atlas: other halves.")] = 0,
     entanglement: Annotated[
-        float | None, Option(min=0, max=1, help="What forget and retain-high share, 0 to 1 (0.5; atlas, facts: 1).")
+        float | None,
+        Option(
+            min=0, max=1, help="How much forget and retain-high texts share; default: 0.5, and 1 for atlas and --facts."
+        ),
     ] = None,
-    oracle: Annotated[bool, Option("--with-oracle", help="Also a twin that never saw the hazard facts.")] = False,
-    model: Annotated[str, Option(help="atlas, --facts: the real model (SmolLM2, if it is installed).")] = "",
+    oracle: Annotated[
+        bool, Option("--with-oracle", help="Also train an oracle: a twin that never saw the hazard facts.")
+    ] = False,
+    model: Annotated[str, Option(help="atlas, --facts: the real model; default: SmolLM2, if it is installed.")] = "",
     facts: Annotated[
-        Path | None, Option(help="Your own: a table of subject, relation or question, answer, kind.")
+        Path | None, Option(help="Your own facts: a table of subject, relation or question, answer and kind.")
     ] = None,
     region: Annotated[str, Option(help="atlas: the part of the world to forget.")] = "",
     as_json: options.Json = False,
 ) -> None:
-    """Train the small model of a fictional world, or ask a real one, and write its texts and questions."""
+    """Make a testbed: a small model of an invented world, or texts and questions on what a real model knows."""
     from srmu.testbed.build import build_testbed
 
     own = {"model": model, "region": region}
@@ -172,22 +183,27 @@ def describe_overlap(report: dict[str, Any]) -> list[str]:
 def reproduce_command(
     what: Annotated[
         Literal["table2", "table3", "table4", "figure2", "all", "robust", "ablations", "methods"],
-        Argument(help="Of the paper; or our own: robust, ablations, methods."),
+        Argument(
+            metavar="WHAT",
+            help="Of the paper: table2, table3, table4, figure2 or all; our own: robust, ablations, methods.",
+        ),
     ],
     settings: Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help="Overrides for every run.")] = None,
-    model: Annotated[str, Option(help="Folder or hub id; default: testbeds.")] = "",
+    model: Annotated[str, Option(help="Folder or hub id; default: testbeds are made.")] = "",
     seeds: options.Seeds = "",
-    world: Annotated[str, Option(help="Tables: closed or atlas (closed); robust: closed, open or both (both).")] = "",
-    regions: Annotated[str, Option(help="--world atlas: parts of the world to forget, a,b.")] = "",
-    regimes: Annotated[str, Option(help="robust: high, rho0, a,b.")] = "",
-    methods: Annotated[str, Option(help="robust: these rows only, a,b.")] = "",
+    world: Annotated[
+        str, Option(help="Tables: closed (default) or atlas; robust: closed, open or both (default).")
+    ] = "",
+    regions: Annotated[str, Option(help="atlas: parts of the world to forget: a,b.")] = "",
+    regimes: Annotated[str, Option(help="robust: high, rho0 or both: a,b.")] = "",
+    methods: Annotated[str, Option(help="robust: only these rows: a,b.")] = "",
     tier: Annotated[str, Option(help="robust: smoke, standard or deep attacks.")] = "",
-    show: Annotated[bool, Option("--show", help="Print what was run, run nothing.")] = False,
-    out: Annotated[Path, Option(help="Folder for all of it.")] = Path("reproduce"),
+    show: Annotated[bool, Option("--show", help="Print what was run; run nothing.")] = False,
+    out: Annotated[Path, Option(help="Folder for everything that is written.")] = Path("reproduce"),
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:
-    """SRMU's tables and figure again, beside the paper's numbers; which of its claims hold here.
+    """Repeat the tables and the figure of SRMU's paper, and say which of its claims hold here.
 
     `robust` holds methods that resist relearning against others, at one loss of utility;
     `methods` holds all methods.

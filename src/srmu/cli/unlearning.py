@@ -27,14 +27,14 @@ def unlearn_command(
     model: Annotated[str, Option(help="Folder or hub id; with --forget.")] = "",
     forget: options.Forget = None,
     retain: options.Retain = None,
-    method: Annotated[str, Option(help="A name that srmu info methods lists.")] = "",
-    out: Annotated[Path | None, Option(help="Also export the full model here.")] = None,
+    method: Annotated[str, Option(help="One of those that srmu info methods lists; default: srmu.")] = "",
+    out: Annotated[Path | None, Option(help="Also export the full model to this folder.")] = None,
     dry_run: options.DryRun = False,
-    shard: Annotated[bool, Option("--shard", help="Cut weights over processes (FSDP2).")] = False,
+    shard: Annotated[bool, Option("--shard", help="Split the weights over processes (FSDP2).")] = False,
     offload: Annotated[bool, Option("--offload", help="Leave lower layers on disk.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Unlearn: one run, from a config file or from --model, --forget and --retain."""
+    """Make a model unlearn texts: one run, from a config file or from --model, --forget and --retain."""
     from srmu.runs import run as runs
     from srmu.runs.plan import FETCH
 
@@ -104,21 +104,21 @@ def auto_command(
     forget: Annotated[list[str], options.FORGET],
     retain: Annotated[list[str], options.RETAIN],
     budget: options.Budget = "1%",
-    tasks: Annotated[str, Option(help="lm-eval tasks on the forget knowledge, a,b.")] = "",
+    tasks: Annotated[str, Option(help="Tasks on what is to be forgotten: a,b.")] = "",
     utility: options.Utility = "",
     tasks_dir: options.TasksDir = None,
     method: Annotated[str, Option(help="srmu, rmu, adaptive_rmu or rna.")] = "srmu",
-    robust: Annotated[bool, Option("--robust", help="rename_scrub: resists relearning.")] = False,
-    names: Annotated[str, Option(help="robust: file of names to swap, one a line.")] = "",
-    goals: Annotated[str, Option(help="robust: file of phrases to forget all of.")] = "",
-    trials: Annotated[int, Option(min=1, help="Strengths to try; robust: up to 3.")] = 12,
-    out: Annotated[Path, Option(help="Folder for all of it.")] = Path("auto"),
+    robust: Annotated[bool, Option("--robust", help="Use rename_scrub, which resists relearning.")] = False,
+    names: Annotated[str, Option(help="robust: file with the names to swap, one a line.")] = "",
+    goals: Annotated[str, Option(help="robust: file with phrases; all about them is to be forgotten.")] = "",
+    trials: Annotated[int, Option(min=1, help="How many strengths to try; robust: up to 3.")] = 12,
+    out: Annotated[Path, Option(help="Folder for everything that is written.")] = Path("auto"),
     seed: int = 0,
     device: options.Device = "auto",
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:
-    """One command: find layer and strength within a budget of utility, unlearn, attack, export."""
+    """Find a layer and a strength within a budget of lost accuracy; then unlearn, attack, report, export."""
     from dataclasses import fields
 
     from srmu.search import auto as search
@@ -163,10 +163,10 @@ def sweep_command(
     args: Annotated[
         list[str] | None, Argument(metavar="CONFIG key=value", help="A sweep file, then overrides.")
     ] = None,
-    storage: Annotated[str, Option(help="postgresql://..., for many machines.")] = "",
+    storage: Annotated[str, Option(help="A database for several machines: postgresql://...")] = "",
     as_json: options.Json = False,
 ) -> None:
-    """Try many settings of a config, alone or with other workers; a stopped sweep goes on."""
+    """Try many settings of a config, on one machine or several; a stopped sweep goes on."""
     from srmu.search import sweep as search
 
     if not args:
@@ -189,16 +189,18 @@ def sweep_command(
 def export_command(
     run: Annotated[Path, Argument(help="A run's folder.")],
     out: Annotated[Path, Argument(help="Folder to write.")],
-    link: Annotated[bool | None, Option("--link/--copy", help="Share files that stay, or copy.")] = None,
-    last_good: Annotated[bool, Option("--last-good", help="Of a run that diverged: the last good weights.")] = False,
-    adapter: Annotated[bool, Option("--adapter", help="Only the change, as a LoRA adapter for peft.")] = False,
-    error: Annotated[float | None, Option(help="adapter: most of the change that may be lost (0.05).")] = None,
+    link: Annotated[bool | None, Option("--link/--copy", help="Share files that do not change, or copy them.")] = None,
+    last_good: Annotated[bool, Option("--last-good", help="For a run that diverged: its last good weights.")] = False,
+    adapter: Annotated[bool, Option("--adapter", help="Write only the change, as a LoRA adapter for peft.")] = False,
+    error: Annotated[
+        float | None, Option(help="adapter: the share of the change that may be lost; default: 0.05.")
+    ] = None,
     quantise: Annotated[str | None, Option(help="Round the weights: q4_0, q8_0 (GGUF), nf4 or fp8.")] = None,
     push: Annotated[str, Option(metavar="OWNER/NAME", help="Then upload it to the hub, private, with its card.")] = "",
-    dry_run: Annotated[bool, Option("--dry-run", help="push: list what would be uploaded, do nothing.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="--push: list what would be uploaded; do nothing.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Write a run's full model, which plain transformers loads; or the model rounded, or its change as an adapter."""
+    """Write a run's model: whole, rounded to be served, or as an adapter; --push uploads it."""
     from srmu.runs import hub
     from srmu.runs.run import Run
 
