@@ -561,7 +561,7 @@ def test_eval(call: Call, workplace: Path, builtin: None) -> None:
     value = both["after"]["quiz/acc"]["value"]
     assert "quiz/acc" in shown and f"{value:.3f} ±" in shown and "original" in shown
     assert "repetition/forget" in shown and "repeats itself" not in shown
-    assert f"next: srmu export {run} OUT" in shown
+    assert f"next: srmu attack {run} --tasks TASK --val split" in shown
 
 
 @pytest.mark.slow

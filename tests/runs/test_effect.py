@@ -159,6 +159,7 @@ def nats(forget: float, retain: float = 0.0) -> dict[str, float]:
         (srmu.SRMU(), moved(1e-9), "little was learned; try train.learning_rate=0.001, or srmu auto"),
         (srmu.SRMU(), moved(0.4, way=0.9), "little was asked for; try method.kappa=8"),
         (srmu.SRMU(), moved(3.0, drift=1.0), "the retain texts suffered; try train.learning_rate=1e-05"),
+        (srmu.SRMU(), moved(3.0, drift=10.5), "the model is broken; try train.learning_rate=3e-06"),
         (srmu.SRMU(), moved(float("nan")), "the model is broken; try train.learning_rate=3e-06"),
         (srmu.SRMU(), moved(3.0), "srmu eval and srmu attack say what is left of the knowledge"),
         (srmu.NPO(), nats(0.05), "little was learned; try train.learning_rate=0.001, or srmu auto"),
@@ -182,7 +183,11 @@ def test_what_holds_a_run_back() -> None:
     assert judge_numbers(srmu.SRMU(), held, 0.033, 5e-4).endswith(
         "the retain loss holds the forget activations back; try method.alpha=47"
     )
-    assert judge_numbers(srmu.SRMU(), low, 0.3, 5e-5).endswith("srmu auto looks for other settings")
+    assert judge_numbers(srmu.SRMU(), low, 0.3, 5e-5).endswith(
+        "try method.alpha=120; srmu auto looks for other settings"
+    )
+    far = {"forget_moved": 0.00001, "forget_shift": 0.0001, "retain_moved": 0.01}
+    assert judge_numbers(srmu.SRMU(alpha=1e5), far, 0.033, 5e-4).endswith("try method.alpha=100")
 
 
 @pytest.mark.parametrize(("method", "numbers"), [(srmu.SRMU(), moved(0.71, 0.46)), (srmu.NPO(), nats(0.2, 0.3))])
@@ -239,7 +244,7 @@ def test_a_run_that_does_little_says_so(workplace: Path, call: Call) -> None:
     assert sentence.startswith("topic: forget activations moved 0.")
     assert sentence.endswith("little was learned; try train.learning_rate=0.0002, or srmu auto")
     card = summarise_record(read_record(folder / "record.json"))
-    assert sentence in card
+    assert sentence.removeprefix("topic: ") in card
     _, result = unlearn(train=TRAIN | {"learning_rate": 1e-5})
     assert result.record["effect"] == effect
 

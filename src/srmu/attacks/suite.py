@@ -241,9 +241,13 @@ def load_exam(sources: Sources, seed: int) -> Exam:
     for part, option in ((test, "--tasks"), (val, "--val")):
         if (count := len({q.fact for q in draw(part)})) < LEAST:
             under = f" under --limit {sources.limit}" if sources.limit < len(part) else ""
+            more = (
+                "raise --limit"
+                if under
+                else "name more tasks, or make the testbed from more facts that the model knows"
+            )
             raise SrmuError(
-                f"{option} ask for {count} facts{under}, too few for an interval: {LEAST} or more "
-                "in each half; name more tasks, or raise --limit"
+                f"{option} ask for {count} facts{under}, too few for an interval: {LEAST} or more in each half; {more}"
             )
     return Exam(draw(test), draw(val), {task: draw(load([task])) for task in sources.utility})
 

@@ -55,6 +55,7 @@ def eval_command(
     from srmu.evals.score import benchmark_table, score_benchmark, score_model
     from srmu.report.format import print_table
     from srmu.runs.effect import explain_repetition
+    from srmu.runs.run import Run
 
     names = output.split_names(tasks)
     asked = [name for name in names if name.partition("/")[0] in BENCHMARKS]
@@ -75,7 +76,7 @@ def eval_command(
     lines = [output.next_for_model(target)]
     if "before" in scores:
         run = output.shorten_path(Path(target))
-        following = output.next_command("report", run) if asked else output.next_command("export", run, "OUT")
+        following = output.next_command("report", run) if asked else output.next_evaluation(Run.open(target))
         wrote = [f"wrote the scores into {run}"] if output.read_stamp(results) > before else []
         lines = [*explain_repetition(scores), *wrote, following]
     answer = scores if asked or "before" in scores else scores["after"]

@@ -61,7 +61,14 @@ def next_for_model(model: object, *more: object) -> str:
 
 
 def next_evaluation(run: "Run") -> str:
-    return next_command("eval", shorten_path(run.folder), *([] if run.config.eval else ["--tasks", "TASK"]))
+    """The command that measures a run; of one that was measured, that attacks it, and then that exports it."""
+    folder, tasks = shorten_path(run.folder), run.config.eval
+    if not (run.folder / "results.json").is_file():
+        return next_command("eval", folder, *([] if tasks else ["--tasks", "TASK"]))
+    if run.record["attacks"]:
+        return next_command("export", folder, "OUT")
+    known = (run.base.parent / "testbed.json").is_file()  # which says what to ask
+    return next_command("attack", folder, *([] if known else ["--tasks", ",".join(tasks) or "TASK", "--val", "split"]))
 
 
 def quote_command(*words: object, **options: object) -> str:

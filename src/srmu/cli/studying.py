@@ -65,34 +65,32 @@ def verify_command(
     answer = checks.verify_folder(folder, key, show_progress)
     signed = ", signed" if key else ""
     lines = [f"as recorded: {answer['files']} files, {answer['tensors']} tensors of record {answer['record']}{signed}"]
-    if sign:
-        lines.append(f"wrote {checks.sign_record(folder, sign)}")
     record = checks.find_record(folder)
+    following, code = output.next_command("verify", output.shorten_path(folder), "--rerun"), 0
+    if rerun:
+        run, outcome = checks.rerun_record(record, settings or [], show_progress)
+        again = output.shorten_path(run.folder)
+        if outcome["same"]:
+            lines.append("the same delta, byte for byte")
+        else:
+            lines.append(f"another delta: {', '.join(outcome['tensors']) or 'no tensor, but the file'} differ")
+            lines += outcome["differences"] or ["environment and data are the same: the hardware or its load differs"]
+        lines.append(f"wrote {again}, and the outcome into {output.shorten_path(record)}")
+        answer["rerun"] = {"run": str(run.folder), **outcome}
+        following, code = output.next_command("verify", again), 0 if outcome["same"] else 2
     if summary:
         facts = read_record(record)
         unstated = [name for name in ASKED_FOR if not facts["purpose"].get(name)]
         write_output(summary, summarise_record(facts, unstated=unstated))
         if unstated and (config := folder / "config.yaml").is_file():
-            add = output.quote_command(
-                "unlearn", output.shorten_path(config), *(f"purpose.{name}=..." for name in unstated)
-            )
+            stated = [f"purpose.{name}=..." for name in unstated]
+            add = output.quote_command("unlearn", output.shorten_path(config), *stated)
             lines.append(f"not stated: {', '.join(unstated)}; this adds them, and trains nothing: {add}")
         lines.append(f"wrote {summary}")
-    if not rerun:
-        lines.append(output.next_command("verify", output.shorten_path(folder), "--rerun"))
-        output.print_result(answer, as_json, *lines)
-        return
-    run, outcome = checks.rerun_record(record, settings or [], show_progress)
-    again = output.shorten_path(run.folder)
-    if outcome["same"]:
-        lines.append("the same delta, byte for byte")
-    else:
-        lines.append(f"another delta: {', '.join(outcome['tensors']) or 'no tensor, but the file'} differ")
-        lines += outcome["differences"] or ["environment and data are the same: the hardware or its load differs"]
-    lines.append(f"wrote {again}, and the outcome into {output.shorten_path(record)}")
-    answer["rerun"] = {"run": str(run.folder), **outcome}
-    output.print_result(answer, as_json, *lines, output.next_command("verify", again))
-    raise typer.Exit(0 if outcome["same"] else 2)
+    if sign:  # last, as a rerun writes into the record
+        lines.append(f"wrote {checks.sign_record(folder, sign)}")
+    output.print_result(answer, as_json, *lines, following)
+    raise typer.Exit(code)
 
 
 @verbs.command("testbed", rich_help_panel=STUDY)

@@ -36,6 +36,7 @@ def unlearn_command(
 ) -> None:
     """Make a model unlearn texts: one run, from a config file or from --model, --forget and --retain."""
     from srmu.runs import run as runs
+    from srmu.runs.effect import BROKEN_WORDS
     from srmu.runs.plan import FETCH
 
     config = choose_config(args or [], model, forget or [], retain or [], method)
@@ -63,9 +64,12 @@ def unlearn_command(
         lines.append(f"wrote {out}")
     if not again and record["activations"]["kept"] == "disk":
         lines.append("activations are kept for later runs; see srmu info cache")
-    lines += [output.next_evaluation(run), f"      {output.quote_command('ask', folder, 'PROMPT')}"]
-    if not out:
-        lines.append(f"      {output.quote_command('export', folder, 'OUT')}")
+    if any(BROKEN_WORDS in sentence for sentence in record["effect"]["sentences"]):
+        lines.append("next: the same with the setting that the sentence above names")
+    else:
+        lines += [output.next_evaluation(run), f"      {output.quote_command('ask', folder, 'PROMPT')}"]
+        if not out:
+            lines.append(f"      {output.quote_command('export', folder, 'OUT')}")
     output.print_result({"run": str(run.folder), "out": out and str(out), "record": record}, as_json, *lines)
 
 
@@ -75,7 +79,11 @@ def choose_config(args: list[str], model: str, forget: list[str], retain: list[s
 
     file = args[0] if args and ("=" not in args[0] or Path(args[0]).is_file()) else ""
     if file and Path(file).is_dir():
-        raise SrmuError(f"{file} is a folder: name a config file, or a model with --model {file} --forget F --retain R")
+        configs = sorted(Path(file).glob("*.yaml"))
+        such = f", such as {configs[0]}" if configs else ""
+        raise SrmuError(
+            f"{file} is a folder: name a config file{such}, or a model with --model {file} --forget F --retain R"
+        )
     if file and (forget or retain) and Path(file).suffix not in (".yaml", ".yml"):
         if args[1:2] == ["="]:
             raise SrmuError(

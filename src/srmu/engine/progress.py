@@ -7,11 +7,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-Tick = Callable[[str], None]
+
+class Tick(Protocol):
+    """Called once a step, or after some of them at once, with a text on the latest."""
+
+    def __call__(self, text: str, steps: int = 1, /) -> None: ...
+
+
 Watch = Callable[[str, int], AbstractContextManager[Tick]]
 
 # In a notebook, too, it writes plain text: rich's own output there needs ipywidgets.
@@ -25,7 +32,7 @@ _shown: list[str] = []  # the labels of what is shown now
 
 @contextmanager
 def ignore_progress(label: str, total: int) -> Iterator[Tick]:
-    yield lambda text: None
+    yield lambda text, steps=1: None
 
 
 @contextmanager
@@ -39,7 +46,7 @@ def show_progress(label: str, total: int) -> Iterator[Tick]:
         numbers = BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress("{task.description}", *numbers, "{task.fields[text]}", console=stderr, transient=True) as bar:
             task = bar.add_task(label, total=total or None, text="")
-            yield lambda text: bar.update(task, advance=1, text=text)
+            yield lambda text, steps=1: bar.update(task, advance=steps, text=text)
     finally:
         _shown.pop()
 
@@ -50,9 +57,9 @@ def write_lines(label: str, total: int) -> Tick:
     start = last = time.monotonic()
     done = width = 0
 
-    def tick(text: str) -> None:
+    def tick(text: str, steps: int = 1, /) -> None:
         nonlocal last, done, width
-        done += 1
+        done += steps
         now = time.monotonic()
         if now - last < (LIVE_SECONDS if live else LOG_SECONDS) and done != total:
             return

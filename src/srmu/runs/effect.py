@@ -22,8 +22,10 @@ from srmu.runs.config import Config
 # runs above SPOILT lose knowledge that they were to keep.
 LEARNED = {"forget_shift": 1.0, "forget_nll": 0.5}
 SPOILT = {"retain_moved": 0.5, "retain_nll": 0.5}
+BROKEN, BROKEN_WORDS = 20.0, "the model is broken"  # times SPOILT: activations of ten times their norm
 CHANGED = 0.1  # of the weights' norm: runs that change more harm a model in general
 MOST = 20.0  # times by which an advice changes a learning rate
+FARTHEST = 1000.0  # times by which it lowers the weight of the retain loss: one estimate reaches no further
 # The task whose metrics say how much a model repeats itself when it writes on, and by how much they must rise: of
 # SmolLM2-135M by 0.18 to 0.70 where RMU and SRMU made it babble, by 0.09 at most where its texts stayed sound.
 REPETITION, DEGENERATED = "repetition", 0.15
@@ -106,16 +108,19 @@ def judge_numbers(
     reached = [known[name] / least for name, least in LEARNED.items() if name in known]
     spoilt = [known[name] / most for name, most in SPOILT.items() if name in known]
     at_once = isinstance(method, Edit) or bool(method.no_checkpoint)
+    alpha: float = getattr(method, "alpha", 0.0)
 
     def advise(factor: float) -> str:
         if at_once or rate is None:
             return f"see its options: srmu info methods {method.name}"
         if factor > 1 and weights > CHANGED:
-            return "a higher learning rate would only do harm; srmu auto looks for other settings"
+            # what moved the weights was the retain loss
+            lower = f"try {place}.alpha={write_short(alpha / 10)}; " if alpha else ""
+            return f"a higher learning rate would only do harm; {lower}srmu auto looks for other settings"
         return f"try train.learning_rate={rate * factor:.1g}" + ", or srmu auto" * (factor > 1)
 
-    if not all(map(math.isfinite, [*reached, *spoilt])):
-        return f"the model is broken; {advise(1 / MOST)}"
+    if not all(map(math.isfinite, [*reached, *spoilt])) or max(spoilt, default=0.0) > BROKEN:
+        return f"{BROKEN_WORDS}; {advise(1 / MOST)}"
     if spoilt and max(spoilt) > 1:
         return f"the retain texts suffered; {advise(1 / min(MOST, 2 * max(spoilt)))}"
     if reached and min(reached) < 1 and not method.selective:
@@ -123,10 +128,14 @@ def judge_numbers(
             return "the retain texts suffer before the forget texts do; srmu auto looks for other settings"
         if numbers.get("forget_moved", 0.0) > 0.5:
             return f"little was asked for; try {place}.kappa={KAPPA:g}"
-        if alpha := find_alpha(getattr(method, "alpha", 0.0), numbers):
-            return f"the retain loss holds the forget activations back; try {place}.alpha={float(f'{alpha:.2g}'):g}"
+        if lower := find_alpha(alpha, numbers):
+            return f"the retain loss holds the forget activations back; try {place}.alpha={write_short(lower)}"
         return f"little was learned; {advise(min(MOST, 2 / max(min(reached), 1e-9)))}"
     return "srmu eval and srmu attack say what is left of the knowledge"
+
+
+def write_short(value: float) -> str:
+    return f"{float(f'{value:.2g}'):g}"
 
 
 def find_alpha(alpha: float, numbers: Mapping[str, float]) -> float | None:
@@ -138,7 +147,7 @@ def find_alpha(alpha: float, numbers: Mapping[str, float]) -> float | None:
     # Where what moves is shared, (way - x)^2 + alpha r^2 is least at x = way / (1 + alpha (r / x)^2); the retain
     # loss is then half of what the forget loss fell. A third of that half tells it from a run that is on its way.
     held = alpha * kept**2 > (way**2 - (way - shift) ** 2) / 6
-    return (way / aim - 1) * (shift / kept) ** 2 if held else None
+    return max((way / aim - 1) * (shift / kept) ** 2, alpha / FARTHEST) if held else None
 
 
 def rise_of(numbers: Mapping[str, float], role: str) -> float | None:
@@ -170,7 +179,10 @@ def list_warnings(method: Method, topic: Topic, state: State, steps: Sequence[Ma
     for numbers in (state.numbers, *state.numbers.values()):  # of several layers: by layer
         map_ = numbers.get("importance") if isinstance(numbers, dict) else None
         if map_ and map_["sd"] < FLAT and getattr(method, "importance", "") != "uniform":
-            yield f"the map is nearly flat (sd under {FLAT}): it selects nothing; try method.importance=difference"
+            yield (
+                f"the map is nearly flat (sd under {FLAT}): it hardly tells features apart; "
+                "try method.importance=difference"
+            )
     retain = [abs(line["retain"]) for line in steps[:RECENT] if "retain" in line]
     if retain:
         first = abs(steps[0].get("forget", 0.0)) + retain[0]

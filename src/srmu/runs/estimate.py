@@ -143,7 +143,8 @@ def estimate_launches(plan: RunPlan, topics: list[Topic]) -> list[dict[str, Any]
             adapted = {"method": replace(method, lora_rank=rank)}
             plan = replace(plan, config=config.model_copy(update=adapted))
         ways += count_run(plan, bare_model(plan), topics, rank)[0]
-    ways = [replace(way, gpu=not (plan.here and cpu)) for way in ways]
+    on_cpu = plan.here and cpu  # where layers on the disk are mapped into memory anyway
+    ways = [replace(way, gpu=not on_cpu) for way in ways if not (on_cpu and way.offloaded)]
     rows = counting.plan_launches(ways, config.train.batch_size, method.spreads)
     free, devices = free_bytes(config.device), torch.accelerator.device_count()
     for row in rows:

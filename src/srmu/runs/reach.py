@@ -79,7 +79,7 @@ def explain_reach(reach: dict[str, Any]) -> str:
     """A record's or an inspection's reach, as a person reads it."""
     text = f"{reach['matrices']} matrices of layers, {reach['share_of_path']:.2%} of the parameters that a token uses"
     if not reach["left"]:
-        return f"{text}; no matrix of the same kind stays as it was in these layers"
+        return f"{text}: every matrix of this kind in these layers"
     kinds = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in reach["left"]})
     return (
         f"{text}; NOT changed, though of the same kind and in these layers: {len(reach['left'])} ({', '.join(kinds)})"

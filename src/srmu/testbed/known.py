@@ -175,10 +175,9 @@ class OriginalModel:
         texts: list[str] = []
         with self.watch("the model writes texts of its own", count) as tick:
             for number in range(ROUNDS * -(-count // SAMPLED)):
-                for text in self.write_batch(seed * 1000 + number):
-                    if text and len(texts) < count and not is_named(text):
-                        texts.append(text)
-                        tick("")
+                free = [text for text in self.write_batch(seed * 1000 + number) if text and not is_named(text)]
+                texts += (added := free[: count - len(texts)])
+                tick("", len(added))
                 if len(texts) == count:
                     return texts
         raise SrmuError(f"{self.base} wrote {len(texts)} texts free of the names, and {count} are needed")
