@@ -308,7 +308,7 @@ def make_reproduction_page(study: studies.Study, command: str) -> Page:
         relearned=any(one["relearned"] for one in study["figures"]),
     )
     command = results.strip_paths(study.get("command") or command)
-    return Page("The paper's tables, repeated", headline, parts, command, markdown.study_labels(study))
+    return Page("The tables of the SRMU paper, reproduced", headline, parts, command, markdown.study_labels(study))
 
 
 def make_auto_page(
@@ -318,9 +318,7 @@ def make_auto_page(
     parts = studies.auto_sections(study)
     headline = write_words("auto", budget=study["budget"], chosen=bool(study.get("run")))
     if not study.get("run"):
-        return Page("Layer and strength, chosen automatically", headline, parts, command)
+        return Page("Layer and strength found by srmu auto", headline, parts, command)
     entries, _ = list_entries([folder / study["run"]])
     page = make_runs_page(entries, *find_metrics(entries, forget, utility), command, budget=study["budget"])
-    return Page(
-        "Layer and strength, chosen automatically", [*headline, *page.headline], [*parts, *page.sections], command
-    )
+    return Page("Layer and strength found by srmu auto", [*headline, *page.headline], [*parts, *page.sections], command)
