@@ -13,9 +13,9 @@ from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
 from helpers.models import texts as random_texts
 from srmu.attacks.base import AttackResult, Texts
-from srmu.attacks.measures import Membership
+from srmu.attacks.measures import Membership, Memorisation
 from srmu.evals.statistics import area_under_curve
-from srmu.evals.subject import SCORES, NotApplicable, Subject, membership_scores
+from srmu.evals.subject import SCORES, NotApplicable, Subject, gradient_norms, membership_scores, memorisation_scores
 
 
 def attack(model: Subject, given: Texts | None = None, seed: int = 0, **constants: Any) -> AttackResult:
@@ -91,6 +91,46 @@ def test_scores_are_those_of_a_loop(name: str) -> None:
             np.mean(sorted(standard)[:few]),
         ]
         assert given == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_memorisation_is_that_of_a_loop(name: str) -> None:
+    module, rows = pico_module(name), random_texts(6, 3)
+    found = memorisation_scores(Subject(module, word_tokenizer()), rows)
+    for text, (exact, strength) in zip(rows, found, strict=True):
+        ids = word_tokenizer()(text)["input_ids"]
+        right = [int(module(torch.tensor([ids[:t]])).logits[0, -1].argmax()) == ids[t] for t in range(1, len(ids))]
+        assert exact == pytest.approx(sum(right) / len(right))
+        fewest = next(k for k in range(len(right) + 1) if all(right[k:]))
+        assert strength == pytest.approx(1 - fewest / len(right))
+
+
+def test_what_was_learned_is_memorised() -> None:
+    """More than by the oracle, which never saw these texts."""
+    known, never = (Memorisation().run(subject(who), texts(), exam(), 0).metrics for who in ("original", "oracle"))
+    assert known["exact memorisation"].low > never["exact memorisation"].high
+    assert known["extraction strength"].low > never["extraction strength"].high
+    with pytest.raises(NotApplicable, match="3 forget texts are too few"):
+        Memorisation().run(subject("original"), Texts(texts().forget[:3], ()), exam(), 0)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_gradient_norms_are_those_of_a_loop(name: str) -> None:
+    rows = random_texts(3, 3)
+    found = gradient_norms(Subject(pico_module(name), word_tokenizer()), rows)
+    for text, norm in zip(rows, found, strict=True):
+        module = pico_module(name).requires_grad_(True)
+        ids = torch.tensor([word_tokenizer()(text)["input_ids"]])
+        module(ids, labels=ids).loss.backward()
+        assert norm == pytest.approx(sum(float(p.grad.pow(2).sum()) for p in module.parameters()) ** 0.5, rel=1e-4)
+
+
+def test_likelihood_against_a_reference_and_gradients_tell_members() -> None:
+    oracle = subject("oracle")
+    found = attack(subject("original", oracle=oracle), gradients=True, count=40).metrics
+    assert found["auc reference"].low > 0.9 and found["auc gradnorm"].low > 0.8
+    same = attack(subject("oracle", original={}, oracle=oracle), count=40).metrics
+    assert same["auc reference"].value == 0.5
 
 
 def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:

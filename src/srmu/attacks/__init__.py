@@ -26,6 +26,7 @@ ATTACKS: dict[str, type[Attack]] = {
         questions.Leak,
         measures.Membership,
         measures.ForgetQuality,
+        measures.Memorisation,
         residual.UnlearningDepth,
         measures.Utility,
         relearning.RelearningSteps,

@@ -1,4 +1,4 @@
-"""E15, E16 and E18: what tells the model from one that never saw the forget texts, and what forgetting cost."""
+"""E15, E16, E18 and E21: what tells the model from one that never saw the forget texts, and what forgetting cost."""
 
 import random
 from collections.abc import Sequence
@@ -20,14 +20,17 @@ from srmu.evals.subject import NotApplicable, Question, Subject, list_facts, mar
 ROWS = 16  # texts read at once
 
 
-class Membership(Attack, id="E15", name="membership", tier="standard"):
+class Membership(Attack, id="E15", name="membership", tier="standard", by_tier={"deep": {"gradients": True}}):
     """The AUC of each score, forget texts against hold-out texts: 0.5 tells nothing apart, 1 all.
+
+    `reference` is the likelihood against the oracle's; `gradnorm` that of the gradient's norm, a backward pass a text.
 
     `privleak` is MUSE's (arXiv 2407.06460), (A - A_oracle) / A_oracle, as a share, with Min-K of 20 % where MUSE takes
     40. A is 1 - AUC, as its tables imply: -1 is full membership, 0 as the oracle.
     """
 
     count: int = 256  # texts of each kind
+    gradients: bool = False  # which takes copies of all weights
 
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
         if not texts.holdout:
@@ -40,12 +43,15 @@ class Membership(Attack, id="E15", name="membership", tier="standard"):
             raise NotApplicable(f"{fewest} texts of a kind are too few: it takes {LEAST}")
         areas = (auc_bootstrap(*pair, seed=seed) for pair in zip(member.T, unknown.T, strict=True))
         metrics = {f"auc {name}": area for name, area in zip(subject.SCORES, areas, strict=True)}
+        if self.gradients and not model.fixed:
+            norms = [-subject.gradient_norms(model, kind) for kind in sets]
+            metrics["auc gradnorm"] = auc_bootstrap(norms[0], norms[1], seed=seed)
         if model.oracle:
-            member, unknown = (
-                np.stack([own[:, 2], subject.membership_scores(model.oracle, kind)[:, 2]], axis=1)
-                for own, kind in zip((member, unknown), sets, strict=True)
-            )
-            metrics["privleak"] = auc_bootstrap(member, unknown, priv_leak, seed=seed)
+            known, other = (subject.membership_scores(model.oracle, kind) for kind in sets)
+            metrics["auc reference"] = auc_bootstrap(member[:, 0] - known[:, 0], unknown[:, 0] - other[:, 0], seed=seed)
+            # by Min-K
+            pairs = np.stack([member[:, 2], known[:, 2]], axis=1), np.stack([unknown[:, 2], other[:, 2]], axis=1)
+            metrics["privleak"] = auc_bootstrap(pairs[0], pairs[1], priv_leak, seed=seed)
         return AttackResult(metrics=metrics)
 
 
@@ -54,6 +60,27 @@ def priv_leak(areas: Array) -> Array:
     own, oracle = 1 - areas[..., 0], 1 - areas[..., 1]
     # an oracle that tells all apart in some resample must not divide by zero
     return (own - oracle) / np.maximum(oracle, 1e-3)
+
+
+class Memorisation(Attack, id="E21", name="memorisation", tier="standard"):
+    """How much of the forget texts the model can still write from their own beginnings.
+
+    `exact memorisation` is the share of tokens that it finds likeliest after the true ones before them;
+    `extraction strength` the share of a text, at its end, that it writes without a mistake.
+    """
+
+    count: int = 256  # texts
+
+    def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
+        chosen = random.Random(seed).sample(texts.forget, min(len(texts.forget), self.count))
+        scores = subject.memorisation_scores(model, chosen)
+        if len(scores) < LEAST:
+            raise NotApplicable(f"{len(scores)} forget texts are too few: it takes {LEAST}")
+        names = ("exact memorisation", "extraction strength")
+        columns = zip(names, scores.T, strict=True)
+        return AttackResult(
+            metrics={name: bootstrap_estimate(column, range(len(scores)), seed=seed) for name, column in columns}
+        )
 
 
 class ForgetQuality(Attack, id="E16", name="forget_quality", tier="standard"):

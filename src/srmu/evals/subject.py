@@ -14,7 +14,7 @@ from torch import Tensor
 from srmu.data.tokens import read_ids
 from srmu.engine.generate import batch_texts
 from srmu.engine.likelihoods import SharedHeadError, score_answers, score_layers
-from srmu.engine.losses import is_predicted
+from srmu.engine.losses import mean_nll
 from srmu.engine.model import EditableModel, replace_tensor
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.sites import cut_blocks
@@ -185,32 +185,63 @@ def list_facts(questions: Sequence[Question]) -> list[str]:
 
 
 @torch.no_grad()
-def membership_scores(model: Subject, texts: Sequence[str]) -> Array:
-    """The SCORES of each text of two tokens or more, higher for a member: (texts, 4)."""
-    rows = [model.tokens(text)[: min(LENGTH, model.max_length)] for text in texts]
-    rows = [row for row in rows if len(row) > 1]
+def read_predictions(model: Subject, texts: Sequence[str]) -> Iterator[tuple[int, list[int], Tensor]]:
+    """Of each text with two tokens or more, in no order: its place, its tokens, and the logits before each but the
+    first (T - 1, V), in float32."""
+    rows = [row for row in (model.tokens(text)[: min(LENGTH, model.max_length)] for text in texts) if len(row) > 1]
     size = model.module.get_input_embeddings().weight.shape[0]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    scores = np.empty((len(rows), len(SCORES)))
     while order:
         count = max(1, LOGITS // (size * len(rows[order[0]])))
         part, order = order[:count], order[count:]
         batch = move_batch(batch_texts([rows[i] for i in part]), model.device)
-        mask = is_predicted(batch["labels"])
         read = {name: batch[name] for name in ("input_ids", "attention_mask")}
         logits = model.module(**read, use_cache=False).logits
-        for i, ids, kept, row_logits in zip(part, batch["input_ids"], mask, logits, strict=True):
-            logs = row_logits[:-1][kept].float().log_softmax(-1)  # (T, V)
-            logp, p = logs.gather(-1, ids[1:][kept][:, None])[:, 0], logs.exp()
-            # arXiv 2404.02936, Min-K++: (log p - mu) / sigma, of log p under p itself
-            mu = (p * logs).sum(-1)
-            sigma = (p * (logs - mu[:, None]) ** 2).sum(-1).sqrt()
-            standard = (logp - mu) / sigma.clamp(min=1e-6)
-            # arXiv 2012.07805: log-likelihood by the size of the compressed text
-            compressed = zlib.compress(model.tokenizer.decode(rows[i], skip_special_tokens=True).encode())
-            mean = float(logp.mean())
-            scores[i] = mean, mean / len(compressed), mean_lowest(logp), mean_lowest(standard)
-    return scores
+        for i, row in zip(part, logits, strict=True):
+            yield i, rows[i], row[: len(rows[i]) - 1].float()
+
+
+def membership_scores(model: Subject, texts: Sequence[str]) -> Array:
+    """The SCORES of each text of two tokens or more, higher for a member: (texts, 4)."""
+    scores = {}
+    for place, ids, logits in read_predictions(model, texts):
+        logs = logits.log_softmax(-1)  # (T - 1, V)
+        logp, p = logs.gather(-1, torch.tensor(ids[1:], device=logs.device)[:, None])[:, 0], logs.exp()
+        # arXiv 2404.02936, Min-K++: (log p - mu) / sigma, of log p under p itself
+        mu = (p * logs).sum(-1)
+        sigma = (p * (logs - mu[:, None]) ** 2).sum(-1).sqrt()
+        standard = (logp - mu) / sigma.clamp(min=1e-6)
+        # arXiv 2012.07805: log-likelihood by the size of the compressed text
+        compressed = zlib.compress(model.tokenizer.decode(ids, skip_special_tokens=True).encode())
+        mean = float(logp.mean())
+        scores[place] = mean, mean / len(compressed), mean_lowest(logp), mean_lowest(standard)
+    return np.array([scores[place] for place in sorted(scores)]).reshape(-1, len(SCORES))
+
+
+def memorisation_scores(model: Subject, texts: Sequence[str]) -> Array:
+    """Exact memorisation and extraction strength of each text of two tokens or more: (texts, 2)."""
+    scores = {}
+    for place, ids, logits in read_predictions(model, texts):
+        right = (logits.argmax(-1).cpu() == torch.tensor(ids[1:])).tolist()
+        # arXiv 2205.10770: the share of tokens that the model finds likeliest after the true ones before them
+        exact = sum(right) / len(right)
+        # as open-unlearning's: 1 - k / T, k the fewest true tokens after which it writes all of the rest
+        strength = next((i for i, hit in enumerate(reversed(right)) if not hit), len(right)) / len(right)
+        scores[place] = exact, strength
+    return np.array([scores[place] for place in sorted(scores)]).reshape(-1, 2)
+
+
+def gradient_norms(model: Subject, texts: Sequence[str]) -> Array:
+    """The norm of the gradient of each text's mean loss over all weights, which is small for what was learned."""
+    norms = []
+    rows = [row for row in (model.tokens(text)[: min(LENGTH, model.max_length)] for text in texts) if len(row) > 1]
+    with model.editable("*") as edited:
+        for ids in rows:
+            batch = move_batch(batch_texts([ids]), model.device)
+            loss = mean_nll(edited.logits(batch), batch["labels"]).value
+            grads = torch.autograd.grad(loss, [*edited.trained.values()], allow_unused=True)
+            norms.append(float(torch.stack([grad.float().norm() for grad in grads if grad is not None]).norm()))
+    return np.array(norms)
 
 
 def mean_lowest(values: Tensor, share: float = SHARE) -> float:
