@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
 from helpers import attack_world as world
+from srmu.attacks import ATTACKS
 from srmu.cli import main
+from srmu.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -170,3 +173,15 @@ def test_each_row_of_reliability_names_its_tests() -> None:
         for file, name in named:
             tests = [path.read_text() for path in (ROOT / "tests").rglob(file)]
             assert any(f"def {name}(" in text for text in tests), name
+
+
+def test_what_others_have_is_named_as_here() -> None:
+    """Each name on the page of peers is a method, an attack or a verb."""
+    text = (ROOT / "docs" / "peers.md").read_text()
+    cells = re.findall(r"^\| (.+?) \| (.+?) \|$", text, flags=re.MULTILINE)
+    named = [name for _, cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+    verbs = {name.split()[1] for name in named if name.startswith("srmu ")}
+    assert verbs <= {*typer.main.get_command(main.app).commands}  # type: ignore[attr-defined]
+    others = {name for name in named if not name.startswith("srmu ") and ":" not in name}
+    assert others <= {*METHODS, *ATTACKS}
+    assert {"ga", "npo", "gcg", "memorisation"} <= others

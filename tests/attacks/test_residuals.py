@@ -12,7 +12,7 @@ from helpers.attack_world import ANSWERS, exam, facts, states, subject, taught, 
 from helpers.models import block_name, down_name, pico_module, word_tokenizer
 from srmu.attacks import residual
 from srmu.attacks.base import Attack, AttackResult, Exam, Texts
-from srmu.attacks.learned_prompts import SoftPrompt, SplicedSubject, insert_prompt, unused_token
+from srmu.attacks.learned_prompts import Latent, SoftPrompt, SplicedSubject, insert_prompt, unused_token
 from srmu.attacks.residual import (
     DirectionAblation,
     LinearProbe,
@@ -35,7 +35,7 @@ from srmu.engine.sites import cut_blocks, decoder_blocks, hook_outputs
 from srmu.evals.subject import NotApplicable, Subject, mark_answers, mark_layers, option_scores
 
 EACH = (
-    LogitLens(), LinearProbe(), DirectionAblation(), UnlearningDepth(), SoftPrompt(steps=3),
+    LogitLens(), LinearProbe(), DirectionAblation(), UnlearningDepth(), SoftPrompt(steps=3), Latent(steps=3, most=2),
 )  # fmt: skip
 
 
@@ -407,6 +407,17 @@ def test_soft_prompt_finds_what_a_prefix_unlocks() -> None:
         (way,) = SoftPrompt(length=1, rates=(1e-2,)).run(model, texts(), exam(), 0).ways
         assert low <= score(way.test) <= high
         assert len(way.val) == 8  # a fifth of the facts, in two phrasings
+
+
+def test_a_vector_undoes_a_shift() -> None:
+    """Misdirection sends activations elsewhere by one shift, which the attack finds; in the oracle it finds nothing."""
+    hidden = subject("unlearned")
+    assert score(mark_answers(hidden, exam().test)) < 0.45
+    with unchanged(hidden):
+        found = run(Latent(), hidden)
+    assert [way.setting for way in found.ways] == [f"layer {i}" for i in range(4)]
+    assert score(best(found).test) > 0.65
+    assert score(best(run(Latent(), subject("oracle"))).test) < 0.45
 
 
 def test_soft_prompt_is_trained_on_other_facts_than_choose_it(monkeypatch: pytest.MonkeyPatch) -> None:

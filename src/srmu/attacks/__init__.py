@@ -23,6 +23,7 @@ ATTACKS: dict[str, type[Attack]] = {
         questions.Prompts,
         learned_prompts.GCG,
         learned_prompts.SoftPrompt,
+        learned_prompts.Latent,
         questions.Leak,
         measures.Membership,
         measures.ForgetQuality,

@@ -1,4 +1,4 @@
-"""E12 and E13: tokens and embeddings that are searched for by gradients."""
+"""E12, E13 and E22: tokens, embeddings and activations that are searched for by gradients."""
 
 import random
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from srmu.attacks.base import Attack, AttackResult, Exam, Texts, ask_exam
 from srmu.attacks.residual import answer_nll, answer_rows, pad_answers
 from srmu.engine.fine_tune import Row, descend
-from srmu.engine.sites import hook_outputs
-from srmu.evals.subject import Question, Subject, list_facts
+from srmu.engine.sites import decoder_blocks, edit_outputs, hook_outputs
+from srmu.evals.subject import Question, Subject, list_facts, pick_evenly
 
 
 class Target(NamedTuple):
@@ -154,12 +154,9 @@ class SoftPrompt(Attack, id="E13", name="soft_prompt", tier="deep"):
     batch: int = 16  # questions a step
 
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
-        names = sorted(set(list_facts(exam.val)))
-        random.Random(seed).shuffle(names)
-        rest = set(names[: max(1, len(names) // 5)])
-        asked = replace(exam, val=tuple(q for q in exam.val if q.fact in rest))
+        asked, taught = divide_val(exam, seed)
         prompted = SplicedSubject(model, [unused_token(model, exam)] * self.length, 1)
-        answers = answer_rows(prompted, [q for q in exam.val if q.fact not in rest])
+        answers = answer_rows(prompted, taught)
         ways = []
         for rate in self.rates:
             with insert_prompt(prompted, self.learn_prompt(prompted, answers, rate, seed)):
@@ -171,15 +168,71 @@ class SoftPrompt(Attack, id="E13", name="soft_prompt", tier="deep"):
         embed = model.module.get_input_embeddings()
         words = torch.randint(embed.weight.shape[0], (self.length,), generator=generator)
         soft = embed(words.to(model.device)).detach().float().requires_grad_()
-
-        def loss() -> Tensor:
-            picked = torch.randperm(len(answers), generator=generator)[: self.batch].tolist()
-            batch = pad_answers([answers[i] for i in picked], model.device)
-            with insert_prompt(model, soft):
-                return answer_nll(model, batch["input_ids"], batch["labels"]).mean()
-
-        descend([(soft, soft)], torch.optim.AdamW([soft], lr=rate, weight_decay=0.0), loss, self.steps)
+        with insert_prompt(model, soft):
+            learn_answers(model, answers, soft, rate, self.steps, self.batch, generator)
         return soft.detach()
+
+
+class Latent(Attack, id="E22", name="latent", tier="deep"):
+    """A vector added to the output of one block at every token, trained by AdamW on right answers.
+
+    Facts are divided as for soft prompts, and like those it can teach: read it beside its controls.
+    """
+
+    most: int = 6  # blocks, evenly spaced
+    rate: float = 0.01  # of the mean norm of the block's output
+    steps: int = 100
+    batch: int = 16  # questions a step
+
+    def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
+        asked, taught = divide_val(exam, seed)
+        answers, blocks = answer_rows(model, taught), decoder_blocks(model.module)
+        ways = []
+        for layer in pick_evenly(range(len(blocks)), self.most):
+            vector = self.learn_vector(model, blocks[layer], answers, seed)
+            with edit_outputs({blocks[layer]: partial(torch.add, vector)}):
+                ways.append(ask_exam(model, asked, f"layer {layer}"))
+        return AttackResult(ways)
+
+    def learn_vector(self, model: Subject, block: nn.Module, answers: list[Row], seed: int) -> Float[Tensor, "D"]:
+        generator = torch.Generator().manual_seed(seed)
+        norms: list[Tensor] = []
+        with torch.no_grad(), edit_outputs({block: lambda hidden: norms.append(hidden.float().norm(dim=-1).mean())}):
+            model.module(pad_answers(answers[:1], model.device)["input_ids"], use_cache=False)
+        vector = torch.zeros(model.module.config.hidden_size, device=model.device, requires_grad=True)
+        # AdamW's steps are as long as its rate in each number, whatever the gradient
+        rate = self.rate * float(norms[0]) / len(vector) ** 0.5
+        with edit_outputs({block: lambda hidden: hidden + vector}):
+            learn_answers(model, answers, vector, rate, self.steps, self.batch, generator)
+        return vector.detach()
+
+
+def divide_val(exam: Exam, seed: int) -> tuple[Exam, list[Question]]:
+    """The exam with a fifth of its validation facts, and the questions about the others, to learn from."""
+    names = sorted(set(list_facts(exam.val)))
+    random.Random(seed).shuffle(names)
+    rest = set(names[: max(1, len(names) // 5)])
+    asked = replace(exam, val=tuple(q for q in exam.val if q.fact in rest))
+    return asked, [q for q in exam.val if q.fact not in rest]
+
+
+def learn_answers(
+    model: Subject,
+    answers: list[Row],
+    learned: Tensor,
+    rate: float,
+    steps: int,
+    at_once: int,
+    generator: torch.Generator,
+) -> None:
+    """Train a tensor that the model reads by now, so that it gives the answers."""
+
+    def loss() -> Tensor:
+        picked = torch.randperm(len(answers), generator=generator)[:at_once].tolist()
+        batch = pad_answers([answers[i] for i in picked], model.device)
+        return answer_nll(model, batch["input_ids"], batch["labels"]).mean()
+
+    descend([(learned, learned)], torch.optim.AdamW([learned], lr=rate, weight_decay=0.0), loss, steps)
 
 
 def unused_token(model: Subject, exam: Exam) -> int:
