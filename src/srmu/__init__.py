@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from srmu.evals.compare import compare_runs as compare
     from srmu.evals.score import score_model as evaluate
     from srmu.methods import (
+        CEU,
         DEPN,
         GA,
         LLMU,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
         SSD,
         TAR,
         UNDIAL,
+        WGA,
         WHP,
         AdaptiveRMU,
         Edit,
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
         RenameScrub,
         RepSelect,
         Retrain,
+        SatImp,
         SimNPO,
         TaskArithmetic,
         Undo,
@@ -65,10 +68,10 @@ if TYPE_CHECKING:
     from srmu.runs.run import Run
 
 __all__ = [
-    "DEPN", "GA", "LLMU", "NPO", "RKLU", "RMU", "RMULAT", "RNA", "SCRUB", "SRMU", "SSD", "TAR",
-    "UNDIAL", "WHP", "AdaptiveRMU", "Config", "DivergedError", "Edit", "EditableModel", "GradDiff",
+    "CEU", "DEPN", "GA", "LLMU", "NPO", "RKLU", "RMU", "RMULAT", "RNA", "SCRUB", "SRMU", "SSD", "TAR",
+    "UNDIAL", "WGA", "WHP", "AdaptiveRMU", "Config", "DivergedError", "Edit", "EditableModel", "GradDiff",
     "Iterated", "Method", "MultiSite", "Objective", "Quark", "RenameScrub", "RepSelect", "Retrain",
-    "Run", "SimNPO", "Site", "SrmuError", "State", "TaskArithmetic", "Topic", "Undo", "attack",
+    "Run", "SatImp", "SimNPO", "Site", "SrmuError", "State", "TaskArithmetic", "Topic", "Undo", "attack",
     "compare", "evaluate", "load_config", "make_config", "unlearn",
 ]  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from srmu.methods.adaptive_rmu import AdaptiveRMU
 from srmu.methods.base import Edit, Method, Objective
+from srmu.methods.ceu import CEU
 from srmu.methods.depn import DEPN
 from srmu.methods.edits import WeightWalk
 from srmu.methods.ga import GA
@@ -19,6 +20,7 @@ from srmu.methods.rklu import RKLU
 from srmu.methods.rmu import RMU
 from srmu.methods.rmu_lat import RMULAT
 from srmu.methods.rna import RNA
+from srmu.methods.satimp import SatImp
 from srmu.methods.scrub import SCRUB
 from srmu.methods.simnpo import SimNPO
 from srmu.methods.srmu import SRMU
@@ -27,10 +29,11 @@ from srmu.methods.tar import TAR
 from srmu.methods.task_arithmetic import TaskArithmetic
 from srmu.methods.undial import UNDIAL
 from srmu.methods.undo import Undo
+from srmu.methods.wga import WGA
 from srmu.methods.whp import WHP
 
 OF_ACTIVATIONS = (SRMU, RMU, AdaptiveRMU, RNA, RMULAT, MultiSite)
-OF_LOGITS = (GA, GradDiff, NPO, SimNPO, UNDIAL, LLMU, SCRUB, RKLU, Quark, WHP)
+OF_LOGITS = (GA, GradDiff, NPO, SimNPO, UNDIAL, LLMU, SCRUB, RKLU, Quark, WHP, WGA, SatImp, CEU)
 OF_WEIGHTS = (SSD, DEPN, TaskArithmetic, RepSelect)
 LASTING = (Undo, TAR, Iterated, RenameScrub, Retrain)
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (*OF_ACTIVATIONS, *OF_LOGITS, *OF_WEIGHTS, *LASTING)}
