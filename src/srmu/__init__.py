@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         WGA,
         WHP,
         AdaptiveRMU,
+        AltPO,
         Edit,
         GradDiff,
         Iterated,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
         MultiSite,
         Objective,
         Quark,
+        Refusal,
         RenameScrub,
         RepSelect,
         Retrain,
@@ -69,8 +71,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CEU", "DEPN", "GA", "LLMU", "NPO", "RKLU", "RMU", "RMULAT", "RNA", "SCRUB", "SRMU", "SSD", "TAR",
-    "UNDIAL", "WGA", "WHP", "AdaptiveRMU", "Config", "DivergedError", "Edit", "EditableModel", "GradDiff",
-    "Iterated", "Method", "MultiSite", "Objective", "Quark", "RenameScrub", "RepSelect", "Retrain",
+    "UNDIAL", "WGA", "WHP", "AdaptiveRMU", "AltPO", "Config", "DivergedError", "Edit", "EditableModel", "GradDiff",
+    "Iterated", "Method", "MultiSite", "Objective", "Quark", "Refusal", "RenameScrub", "RepSelect", "Retrain",
     "Run", "SatImp", "SimNPO", "Site", "SrmuError", "State", "TaskArithmetic", "Topic", "Undo", "attack",
     "compare", "evaluate", "load_config", "make_config", "unlearn",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.models import batches, topic
+from helpers.models import topic
 from srmu.engine.losses import is_predicted, mean_nll, weighted_nll
 from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
@@ -126,5 +126,4 @@ def test_ceu_that_would_skip_everything() -> None:
     some = topic()
     with pytest.raises(SrmuError, match=r"method\.skip=99 leaves no token of topic bio's forget texts"):
         CEU(skip=99).check([some], TrainOptions())
-    assert batches(["w1 w2"])[0]["labels"].shape[1] >= 2
     CEU(skip=1).check([some], TrainOptions())

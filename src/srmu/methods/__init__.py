@@ -1,6 +1,7 @@
 """The methods: an explicit table, `METHODS`, from name to class."""
 
 from srmu.methods.adaptive_rmu import AdaptiveRMU
+from srmu.methods.altpo import AltPO
 from srmu.methods.base import Edit, Method, Objective
 from srmu.methods.ceu import CEU
 from srmu.methods.depn import DEPN
@@ -13,6 +14,7 @@ from srmu.methods.misdirection import Misdirection
 from srmu.methods.multi_site import MultiSite
 from srmu.methods.npo import NPO
 from srmu.methods.quark import Quark
+from srmu.methods.refusal import Refusal
 from srmu.methods.rename_scrub import RenameScrub
 from srmu.methods.repselect import RepSelect
 from srmu.methods.retrain import Retrain
@@ -33,7 +35,7 @@ from srmu.methods.wga import WGA
 from srmu.methods.whp import WHP
 
 OF_ACTIVATIONS = (SRMU, RMU, AdaptiveRMU, RNA, RMULAT, MultiSite)
-OF_LOGITS = (GA, GradDiff, NPO, SimNPO, UNDIAL, LLMU, SCRUB, RKLU, Quark, WHP, WGA, SatImp, CEU)
+OF_LOGITS = (GA, GradDiff, NPO, SimNPO, UNDIAL, LLMU, SCRUB, RKLU, Quark, WHP, WGA, SatImp, CEU, Refusal, AltPO)
 OF_WEIGHTS = (SSD, DEPN, TaskArithmetic, RepSelect)
 LASTING = (Undo, TAR, Iterated, RenameScrub, Retrain)
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (*OF_ACTIVATIONS, *OF_LOGITS, *OF_WEIGHTS, *LASTING)}
