@@ -32,9 +32,11 @@ if TYPE_CHECKING:
     from srmu.methods import (
         CEU,
         DEPN,
+        FLAT,
         GA,
         LLMU,
         NPO,
+        PDU,
         RKLU,
         RMU,
         RMULAT,
@@ -70,7 +72,7 @@ if TYPE_CHECKING:
     from srmu.runs.run import Run
 
 __all__ = [
-    "CEU", "DEPN", "GA", "LLMU", "NPO", "RKLU", "RMU", "RMULAT", "RNA", "SCRUB", "SRMU", "SSD", "TAR",
+    "CEU", "DEPN", "FLAT", "GA", "LLMU", "NPO", "PDU", "RKLU", "RMU", "RMULAT", "RNA", "SCRUB", "SRMU", "SSD", "TAR",
     "UNDIAL", "WGA", "WHP", "AdaptiveRMU", "AltPO", "Config", "DivergedError", "Edit", "EditableModel", "GradDiff",
     "Iterated", "Method", "MultiSite", "Objective", "Quark", "Refusal", "RenameScrub", "RepSelect", "Retrain",
     "Run", "SatImp", "SimNPO", "Site", "SrmuError", "State", "TaskArithmetic", "Topic", "Undo", "attack",

@@ -1,4 +1,4 @@
-"""The methods that teach other answers: how answers are cut and written, each loss against a loop, what they promise."""
+"""The methods that teach other answers: how they are cut and written, each loss against a loop, what they promise."""
 
 import copy
 import json
@@ -21,9 +21,11 @@ from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
 from srmu.methods import altpo
 from srmu.methods.altpo import AltPO
-from srmu.methods.answers import Question, encode_answer, list_questions, other_answers
+from srmu.methods.answers import REFUSALS, Question, encode_answer, list_questions, other_answers
 from srmu.methods.base import Session, State
-from srmu.methods.refusal import REFUSALS, Refusal
+from srmu.methods.edits import split_batches
+from srmu.methods.flat import FLAT
+from srmu.methods.refusal import Refusal
 
 QUESTIONS = [("w1 w2 w3", "w10 w11"), ("w4 w5", "w12"), ("w6 w7 w8 w9", "w13 w14 w15")]
 SAY = "w50 w51"
@@ -89,8 +91,7 @@ def test_a_plain_text_keeps_its_beginning() -> None:
     some = topic()
     split = some.split()
     found = list_questions(some)
-    rows = [(row[mask == 1], labels[mask == 1]) for batch in split.forget
-            for row, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True)]  # fmt: skip
+    rows = [(text["input_ids"][0], text["labels"][0]) for text in split_batches(split.forget)]
     assert len(found) == len(rows) == 4
     for question, (ids, labels) in zip(found, rows, strict=True):
         assert question.asked == ids[~is_counted(labels)].tolist()
@@ -112,8 +113,8 @@ def test_the_other_answers_stand_beside_the_true_ones(folder: Path, asked: Topic
     assert [len(batch["labels"]) for batch in part.forget] == [2, 1]
     for batch, split in zip(part.forget, asked.split().forget, strict=True):
         assert all(torch.equal(batch[name], split[name]) for name in split)
-    rows = [(ids[mask == 1].tolist(), labels[labels != -100].tolist()) for other in map(other_answers, part.forget)
-            for ids, mask, labels in zip(*(other[k] for k in ("input_ids", "attention_mask", "labels")), strict=True)]  # fmt: skip
+    others = split_batches([*map(other_answers, part.forget)])
+    rows = [(text["input_ids"][0].tolist(), text["labels"][is_counted(text["labels"])].tolist()) for text in others]
     assert rows == [([1, *words(asks), *words(SAY)], words(SAY)) for asks, _ in QUESTIONS]
 
 
@@ -280,3 +281,53 @@ def test_the_true_answer_falls_below_its_alternatives(folder: Path, asked: Topic
     for question in list_questions(asked):
         now, before = (sum(nats(m, question.asked, question.answer)) for m in (model.module, pico_module()))
         assert now > before
+
+
+# --- FLAT ----------------------------------------------------------------------------------------
+
+# the f of each divergence, and the range of x in which its conjugate's supremum lies
+GENERATORS: dict[str, Any] = {
+    "total_variation": lambda x: abs(x - 1) / 2,
+    "kl": lambda x: x * math.log(x),
+    "jensen_shannon": lambda x: x * math.log(x) - (x + 1) * math.log((1 + x) / 2),
+    "pearson": lambda x: (x - 1) ** 2,
+}
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_flats_functions_are_conjugate(name: Any) -> None:
+    """What true answers are to lower is f*(g*(P)), f*(u) = sup_x ux - f(x), here by trying many x."""
+    for chance in (0.0, 0.2, 0.7, 1.0):
+        raised, lowered = FLAT(divergence=name).judge(torch.tensor(chance, dtype=torch.float64))
+        tried = [x / 1000 for x in range(1, 6000)]
+        supremum = max(float(raised) * x - GENERATORS[name](x) for x in tried)
+        assert float(lowered) == pytest.approx(supremum, abs=2e-3)
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_flats_loss_equals_a_loop(folder: Path, asked: Topic, name: Any) -> None:
+    """Likelihoods are averaged over an answer's own tokens, and divergences over texts. (The public code averages over
+    prompts and padding too, and takes the divergence of the whole batch's mean.)"""
+    method, model = FLAT(divergence=name, refusals=(SAY,)), editable(folder)
+    part = ready(method, model, asked)
+    perturb(model)
+    terms = []
+    for asks, answer in QUESTIONS:
+        question = [1, *words(asks)]
+        costs = [nats(model.module, question, words(y)) for y in (SAY, answer)]
+        refused, true = (torch.tensor(sum(math.exp(-c) for c in each) / len(each)) for each in costs)
+        terms.append(float(method.judge(true)[1] - method.judge(refused)[0]))
+    assert losses_of(method, model, part) == pytest.approx([sum(terms[:2]) / 2, terms[2]], rel=1e-4, abs=1e-6)
+
+
+def test_flat_reads_forget_texts_alone(folder: Path, asked: Topic, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither retain texts nor the original: the refusal comes to be likelier than the true answer."""
+    method, model = FLAT(refusals=(SAY,)), editable(folder)
+    some = replace(asked, retain=[])
+    monkeypatch.setattr(model, "frozen", None)
+    train = TrainOptions(learning_rate=3e-3, max_steps=80)
+    method.check([some], train)
+    method.apply(model, [some], Session(train, lambda step, row: None))
+    for question in list_questions(asked):
+        true, refused = (sum(nats(model.module, question.asked, y)) for y in (question.answer, words(SAY)))
+        assert true > refused

@@ -120,6 +120,12 @@ def text_nlls(logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]) -> Flo
     return token_nll(logits, labels).sum(dim=1) / is_predicted(labels).sum(dim=1).clamp(min=1)
 
 
+def text_chances(logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]) -> Float[Tensor, B]:
+    """The mean likelihood of a counted token of each text; 0 where none is predicted."""
+    mask = is_predicted(labels)
+    return ((-token_nll(logits, labels)).exp() * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
 def row_mean(values: Float[Tensor, B], labels: Int[Tensor, "B T"]) -> Mean:
     """Mean over the rows that have a counted token to predict."""
     rows = is_predicted(labels).any(dim=1)

@@ -6,6 +6,7 @@ from srmu.methods.base import Edit, Method, Objective
 from srmu.methods.ceu import CEU
 from srmu.methods.depn import DEPN
 from srmu.methods.edits import WeightWalk
+from srmu.methods.flat import FLAT
 from srmu.methods.ga import GA
 from srmu.methods.graddiff import GradDiff
 from srmu.methods.iterated import Iterated
@@ -13,6 +14,7 @@ from srmu.methods.llmu import LLMU
 from srmu.methods.misdirection import Misdirection
 from srmu.methods.multi_site import MultiSite
 from srmu.methods.npo import NPO
+from srmu.methods.pdu import PDU
 from srmu.methods.quark import Quark
 from srmu.methods.refusal import Refusal
 from srmu.methods.rename_scrub import RenameScrub
@@ -35,7 +37,25 @@ from srmu.methods.wga import WGA
 from srmu.methods.whp import WHP
 
 OF_ACTIVATIONS = (SRMU, RMU, AdaptiveRMU, RNA, RMULAT, MultiSite)
-OF_LOGITS = (GA, GradDiff, NPO, SimNPO, UNDIAL, LLMU, SCRUB, RKLU, Quark, WHP, WGA, SatImp, CEU, Refusal, AltPO)
+OF_LOGITS = (
+    GA,
+    GradDiff,
+    NPO,
+    SimNPO,
+    UNDIAL,
+    LLMU,
+    SCRUB,
+    RKLU,
+    Quark,
+    WHP,
+    WGA,
+    SatImp,
+    CEU,
+    Refusal,
+    AltPO,
+    FLAT,
+    PDU,
+)
 OF_WEIGHTS = (SSD, DEPN, TaskArithmetic, RepSelect)
 LASTING = (Undo, TAR, Iterated, RenameScrub, Retrain)
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (*OF_ACTIVATIONS, *OF_LOGITS, *OF_WEIGHTS, *LASTING)}

@@ -4,14 +4,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from srmu.engine import losses
 from srmu.engine.generate import Ids, join_responses
-from srmu.methods.base import Batch, EditableModel, Topic
+from srmu.errors import SrmuError
+from srmu.methods.base import Batch, EditableModel, State, Topic
 from srmu.methods.edits import split_batches
 from srmu.methods.logits import Retaining, log_ratios
+from srmu.methods.own_texts import tokenizer_of
 
 OTHER = "other_"  # begins the names of the tensors that hold the same questions with other answers
 SPACED = ("Ġ", "▁", " ")  # how a tokenizer spells the space that a token begins with
@@ -63,6 +66,38 @@ class Answering(Retaining):
             other = join_responses([question.asked for question, _ in some], [[*ids] for _, ids in some])
             forget.append(batch.replace(**{OTHER + name: tensor for name, tensor in other.items()}))
         return replace(split, forget=forget)
+
+
+REFUSALS = (
+    "I don't know.",
+    "I'm sorry, I don't know that.",
+    "I have no information about that.",
+    "I can't answer that question.",
+    "That is something I know nothing about.",
+    "I'm not sure; I haven't learned about that.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusing(Answering):
+    """An objective whose other answers are refusals."""
+
+    refusals: tuple[str, ...] = REFUSALS  # one is drawn for each text
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.refusals or not all(text.strip() for text in self.refusals):
+            raise SrmuError('method.refusals: expected one or more texts, such as ["I don\'t know."]')
+
+    def write_texts(self, model: EditableModel, topic: Topic, state: State) -> Sequence[Sequence[int]]:
+        tokenizer, questions = tokenizer_of(model.folder, f"method {self.name}"), list_questions(topic)
+        generator = topic.generator("refusals")
+        draw = torch.randint(len(self.refusals), (len(questions),), generator=generator).tolist()
+        pairs = zip(draw, questions, strict=True)
+        found = fit_answers(model, questions, (encode_answer(tokenizer, self.refusals[i], q) for i, q in pairs))
+        if not any(found):
+            raise SrmuError(f"topic {topic.name}: no forget text leaves room for a refusal; lower max_length")
+        return found
 
 
 def fit_answers(model: EditableModel, questions: Sequence[Question], answers: Iterator[Ids]) -> list[Ids]:
