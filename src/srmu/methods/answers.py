@@ -30,12 +30,11 @@ class Question(NamedTuple):
 
 def list_questions(topic: Topic) -> list[Question]:
     """The forget texts in parts; a plain text is cut as `Topic.split` does, and its rest is the answer."""
-    found = []
+    found, ordinary = [], {*topic.vocabulary.tolist()}
     for text in split_batches(topic.split().forget):
         ids, counted = text["input_ids"][0].tolist(), losses.is_counted(text["labels"][0]).tolist()
         first = counted.index(True)
         stop = [*counted, False].index(False, first)
-        ordinary = {*topic.vocabulary.tolist()}
         last = next((i for i in range(first, stop) if ids[i] not in ordinary), stop)
         found.append(Question(ids[:first], ids[first:last], ids[last:stop]))
     return found
