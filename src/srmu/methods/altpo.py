@@ -20,7 +20,7 @@ class AltPO(Answering):
     name = "altpo"
     paper = "arXiv 2409.13474"
     spreads = False  # the original writes
-    uses = ("answers that the original makes up", "its likelihoods", "retain texts (retain)")
+    uses = ("answers that the original writes", "retain texts (retain)")
 
     beta: Annotated[float, Bounds(1e-6, 1e6)] = 0.1
     alternatives: Count = 5  # made up for each text
