@@ -182,6 +182,6 @@ def test_what_others_have_is_named_as_here() -> None:
     named = [name for _, cell in cells for name in re.findall(r"`([^`]+)`", cell)]
     verbs = {name.split()[1] for name in named if name.startswith("srmu ")}
     assert verbs <= {*typer.main.get_command(main.app).commands}  # type: ignore[attr-defined]
-    others = {name for name in named if not name.startswith("srmu ") and ":" not in name}
+    others = {name for name in named if not name.startswith("srmu ") and "=" not in name}
     assert others <= {*METHODS, *ATTACKS}
     assert {"ga", "npo", "gcg", "memorisation"} <= others

@@ -30,10 +30,13 @@ if TYPE_CHECKING:
     from srmu.evals.compare import compare_runs as compare
     from srmu.evals.score import score_model as evaluate
     from srmu.methods import (
+        CEU,
         DEPN,
+        FLAT,
         GA,
         LLMU,
         NPO,
+        PDU,
         RKLU,
         RMU,
         RMULAT,
@@ -43,8 +46,10 @@ if TYPE_CHECKING:
         SSD,
         TAR,
         UNDIAL,
+        WGA,
         WHP,
         AdaptiveRMU,
+        AltPO,
         Edit,
         GradDiff,
         Iterated,
@@ -52,9 +57,11 @@ if TYPE_CHECKING:
         MultiSite,
         Objective,
         Quark,
+        Refusal,
         RenameScrub,
         RepSelect,
         Retrain,
+        SatImp,
         SimNPO,
         TaskArithmetic,
         Undo,
@@ -65,10 +72,10 @@ if TYPE_CHECKING:
     from srmu.runs.run import Run
 
 __all__ = [
-    "DEPN", "GA", "LLMU", "NPO", "RKLU", "RMU", "RMULAT", "RNA", "SCRUB", "SRMU", "SSD", "TAR",
-    "UNDIAL", "WHP", "AdaptiveRMU", "Config", "DivergedError", "Edit", "EditableModel", "GradDiff",
-    "Iterated", "Method", "MultiSite", "Objective", "Quark", "RenameScrub", "RepSelect", "Retrain",
-    "Run", "SimNPO", "Site", "SrmuError", "State", "TaskArithmetic", "Topic", "Undo", "attack",
+    "CEU", "DEPN", "FLAT", "GA", "LLMU", "NPO", "PDU", "RKLU", "RMU", "RMULAT", "RNA", "SCRUB", "SRMU", "SSD", "TAR",
+    "UNDIAL", "WGA", "WHP", "AdaptiveRMU", "AltPO", "Config", "DivergedError", "Edit", "EditableModel", "GradDiff",
+    "Iterated", "Method", "MultiSite", "Objective", "Quark", "Refusal", "RenameScrub", "RepSelect", "Retrain",
+    "Run", "SatImp", "SimNPO", "Site", "SrmuError", "State", "TaskArithmetic", "Topic", "Undo", "attack",
     "compare", "evaluate", "load_config", "make_config", "unlearn",
 ]  # fmt: skip
 

@@ -40,6 +40,9 @@ CASES: dict[str, dict[str, Any]] = {
     "scrub": {"name": "scrub", "ascent_steps": 1},
     "quark": {"name": "quark", "sample_every": 2, "quantiles": 2, "response": 3},
     "undial": {"name": "undial"},
+    "refusal": {"name": "refusal", "objective": "dpo"},
+    "pdu": {"name": "pdu"},
+    "altpo": {"name": "altpo", "alternatives": 2, "response": 3},
     "whp": {"name": "whp", "teacher_steps": 2},
     "rename_scrub": {
         "name": "rename_scrub",

@@ -38,6 +38,8 @@ CASES: dict[str, dict[str, Any]] = {
     "npo": {"name": "npo", "retain": "kl"},
     "simnpo": {"name": "simnpo", "retain": "nll"},
     "undial": {"name": "undial", "retain": "kl"},
+    "wga": {"name": "wga"},
+    "refusal": {"name": "refusal", "objective": "dpo"},
     "rklu": {"name": "rklu", "retain": "kl", "teacher_steps": 3},
     "scrub": {"name": "scrub", "ascent_steps": 1},
     "ssd": {"name": "ssd", "alpha": 1.0},

@@ -51,6 +51,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         for name in ("rklu", "whp", "task_arithmetic")
     },
     "quark": {"quantiles": 2, "response": 4, "pool": 4},
+    "altpo": {"alternatives": 2, "response": 4},
     "multi_site": {"layers": (0, LAYER), "window": 2},
     "undo": {"layer": LAYER, "own_texts": 4, "own_tokens": 6} | SUPPRESSING,
     "tar": {"layer": LAYER, "adversary_steps": 2} | SUPPRESSING,

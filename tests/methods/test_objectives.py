@@ -18,17 +18,20 @@ from srmu.engine.topic import Batch, Topic
 from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
 from srmu.methods.base import Objective, Session, State
+from srmu.methods.ceu import CEU
 from srmu.methods.ga import GA
 from srmu.methods.graddiff import GradDiff
 from srmu.methods.llmu import LLMU
 from srmu.methods.logits import LogitObjective, strengthen_weights
 from srmu.methods.npo import NPO
 from srmu.methods.rklu import RKLU
+from srmu.methods.satimp import SatImp
 from srmu.methods.scrub import SCRUB
 from srmu.methods.simnpo import SimNPO
 from srmu.methods.undial import UNDIAL
+from srmu.methods.wga import WGA
 
-CLASSES: tuple[type[LogitObjective], ...] = (GA, GradDiff, NPO, SimNPO, UNDIAL, LLMU, SCRUB, RKLU)
+CLASSES: tuple[type[LogitObjective], ...] = (GA, GradDiff, NPO, SimNPO, UNDIAL, LLMU, SCRUB, RKLU, WGA, SatImp, CEU)
 NEVER = math.inf  # as train.forget_ceiling
 each_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.name)
 
@@ -186,6 +189,22 @@ def loop_rklu(r: Reference, m: Any) -> float:
     return mean(found)
 
 
+def loop_weighted(r: Reference, power: float, other: float = 0.0) -> float:
+    chances = [math.exp(-cost(guess)) for guess in flat(r.now)]
+    return mean(p**power * (1 - p) ** other * math.log(p) for p in chances)
+
+
+def loop_ceu(r: Reference, m: Any) -> float:
+    found = []
+    for row in r.now:
+        for scores, token in row[m.skip :]:
+            p = softmax(scores)
+            others = [i for i in range(len(p)) if i != token]
+            rest = sum(p[i] for i in others)
+            found.append(-sum(p[i] / rest * math.log(p[i]) for i in others))
+    return mean(found)
+
+
 def held(r: Reference, m: Any) -> dict[str, float]:
     if m.retain == "none":
         return {}
@@ -200,6 +219,9 @@ LOOPS: dict[type[LogitObjective], Callable[[Reference, Any], dict[str, float]]] 
     SimNPO: lambda r, m: {"forget": loop_simnpo(r, m), **held(r, m)},
     UNDIAL: lambda r, m: {"forget": loop_undial(r, m), **held(r, m)},
     RKLU: lambda r, m: {"forget": loop_rklu(r, m), **held(r, m)},
+    WGA: lambda r, m: {"forget": loop_weighted(r, m.beta), **held(r, m)},
+    SatImp: lambda r, m: {"forget": loop_weighted(r, m.beta1, m.beta2), **held(r, m)},
+    CEU: lambda r, m: {"forget": loop_ceu(r, m), **held(r, m)},
     LLMU: lambda r, m: {
         "forget": -m.forget_weight * loop_nll(r.now, m.average),
         "random": m.random_weight * loop_nll(r.random, m.average),
@@ -231,6 +253,12 @@ LOOPS: dict[type[LogitObjective], Callable[[Reference, Any], dict[str, float]]] 
         LLMU(average="texts"),
         SCRUB(),
         SCRUB(alpha=0.2, gamma=0.3, temperature=2.5),
+        WGA(),
+        WGA(beta=0.3, retain="nll", alpha=2.0),
+        SatImp(),
+        SatImp(beta1=0.2, beta2=0.6, retain="kl"),
+        CEU(),
+        CEU(skip=1, retain="nll"),
         RKLU(teacher_steps=2, teacher_learning_rate=1e-2),
         RKLU(teacher_steps=2, teacher_learning_rate=1e-2, strength=2.0, logits="raw", select="label_rise", retain="kl"),
     ],
@@ -996,11 +1024,11 @@ def test_runs_with_adapters_repeat_and_leave_the_global_random_state_alone() -> 
         *((cls, {"lora_rank": -1}, "lora_rank=-1.*at least 0") for cls in CLASSES),
         *(
             (cls, {"alpha": 2.0}, r"method.alpha has no effect without method.retain")
-            for cls in (NPO, SimNPO, UNDIAL, RKLU)
+            for cls in (NPO, SimNPO, UNDIAL, RKLU, WGA, SatImp, CEU)
         ),
         *(
             (cls, {"alpha": -1.0, "retain": "kl"}, "alpha=-1.*at least 0")
-            for cls in (GradDiff, NPO, SimNPO, UNDIAL, RKLU)
+            for cls in (GradDiff, NPO, SimNPO, UNDIAL, RKLU, WGA, SatImp, CEU)
         ),
         (GradDiff, {"gamma": -1.0}, "gamma=-1"),
         (NPO, {"beta": 0.0}, "beta=0"),
@@ -1014,6 +1042,10 @@ def test_runs_with_adapters_repeat_and_leave_the_global_random_state_alone() -> 
         (SCRUB, {"ascent_steps": 0}, "ascent_steps=0"),
         (SCRUB, {"temperature": 0.0}, "temperature=0"),
         (SCRUB, {"gamma": -1.0}, "gamma=-1"),
+        (WGA, {"beta": 0.0}, "beta=0"),
+        (SatImp, {"beta1": 0.0}, "beta1=0"),
+        (SatImp, {"beta2": -1.0}, "beta2=-1"),
+        (CEU, {"skip": -1}, "skip=-1"),
         (RKLU, {"strength": -1.0}, "strength=-1"),
         (RKLU, {"teacher_steps": 0}, "teacher_steps=0"),
         (RKLU, {"teacher_learning_rate": 0.0}, "teacher_learning_rate=0"),
@@ -1033,6 +1065,9 @@ def test_options_that_make_no_sense(cls: Any, options: dict[str, Any], message: 
         SimNPO(retain="kl"),
         UNDIAL(retain="nll"),
         RKLU(retain="kl"),
+        WGA(retain="nll"),
+        SatImp(retain="kl"),
+        CEU(retain="nll"),
         LLMU(),
         SCRUB(),
     ],
@@ -1046,7 +1081,7 @@ def test_retain_texts_are_needed(method: Any) -> None:
     method.check([topic()], TrainOptions())
 
 
-@pytest.mark.parametrize("cls", [GA, NPO, SimNPO, UNDIAL, RKLU])
+@pytest.mark.parametrize("cls", [GA, NPO, SimNPO, UNDIAL, RKLU, WGA, SatImp, CEU])
 def test_retain_texts_are_not_needed(cls: Any) -> None:
     method, alone = cls(), replace(topic(), retain=[])
     assert not method.reads_retain

@@ -92,6 +92,7 @@ def show_real_demo(out: Path, report: Path, seeds: tuple[int, ...], rows: list[d
 ADVICE = (
     "Which? srmu or rmu: quick, in little memory, for hazardous knowledge in a large model.",
     "npo or simnpo: answers like those of a model that never saw the texts (TOFU); trains all weights.",
+    "refusal: answers that it does not know; trains all weights.",
     "rename_scrub: meant to outlast fine-tuning, at many times the cost; experimental.",
 )
 

@@ -107,10 +107,23 @@ def mean_nll(logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]) -> Mean
     return Mean(token_nll(logits, labels).sum(), is_predicted(labels).sum())
 
 
+def weighted_nll(logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"], power: float, other: float = 0.0) -> Mean:
+    """Mean of p^power (1 - p)^other nll over counted tokens, p being their likelihoods and the weights constants."""
+    nll = token_nll(logits, labels)
+    chance = (-nll.detach()).exp()
+    return Mean((chance**power * (1 - chance) ** other * nll).sum(), is_predicted(labels).sum())
+
+
 def text_nlls(logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]) -> Float[Tensor, B]:
     """Nats that a counted token of each text costs on average; 0 where none is predicted."""
     # Public ports of SimNPO divide by the unshifted labels: one too many per text.
     return token_nll(logits, labels).sum(dim=1) / is_predicted(labels).sum(dim=1).clamp(min=1)
+
+
+def text_chances(logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]) -> Float[Tensor, B]:
+    """The mean likelihood of a counted token of each text; 0 where none is predicted."""
+    mask = is_predicted(labels)
+    return ((-token_nll(logits, labels)).exp() * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
 def row_mean(values: Float[Tensor, B], labels: Int[Tensor, "B T"]) -> Mean:

@@ -78,6 +78,17 @@ def kl_drift(model: EditableModel, batch: Batch, logits: Tensor | None = None, t
     return temperature**2 * losses.mean_kl(before, logits, batch["labels"])
 
 
+def log_ratios(model: EditableModel, batch: Batch) -> Tensor:
+    """log p/p0 of each text's counted tokens together, (B,): by how much they are likelier than by the original."""
+
+    def nll() -> Tensor:
+        return losses.token_nll(model.logits(batch), batch["labels"]).sum(dim=1)
+
+    with model.frozen():
+        before = nll()
+    return before - nll()
+
+
 def strengthen_weights(model: EditableModel, topic: Topic, steps: int, learning_rate: float) -> dict[str, Tensor]:
     """The trained tensors after fine-tuning on the forget texts; the model is put back."""
     fine_tune(model, topic, steps, learning_rate)

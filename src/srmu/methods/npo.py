@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from srmu.engine import losses
 from srmu.methods.base import Batch, Bounds, EditableModel, State, Terms
-from srmu.methods.logits import Retaining
+from srmu.methods.logits import Retaining, log_ratios
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +21,7 @@ class NPO(Retaining):
     beta: Annotated[float, Bounds(1e-6, float("inf"))] = 0.1
 
     def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
-        def nll() -> Tensor:  # of each text, summed over its tokens (B,)
-            return losses.token_nll(model.logits(forget), forget["labels"]).sum(dim=1)
-
-        with model.frozen():
-            before = nll()
-        # eq: NPO, L = -(2/beta) E log sigmoid(-beta log(p/p0)), log(p/p0) = nll0 - nll
+        # eq: NPO, L = -(2/beta) E log sigmoid(-beta log(p/p0))
         # (public ports took raw logits for log-probabilities, or means for the sums)
-        terms = -2 / self.beta * logsigmoid(self.beta * (nll() - before))
+        terms = -2 / self.beta * logsigmoid(-self.beta * log_ratios(model, forget))
         return Terms({"forget": losses.row_mean(terms, forget["labels"]), **self.retain_loss(model, retain)}, {})
