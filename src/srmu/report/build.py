@@ -59,7 +59,10 @@ def write_report(
     for path in paths:
         if not path.is_dir():
             raise SrmuError(f"{path} is not a folder; name that of a run, or one that holds runs")
-    command = " ".join(["srmu report", *(path.resolve().name for path in paths), "-o", out.name])
+    options = [
+        f"--{option} {value}" for option, value in (("budget", budget), ("samples", samples)) if value is not None
+    ]
+    command = " ".join(["srmu report", *(path.resolve().name for path in paths), "-o", out.name, *options])
     named = [(path, name) for path in paths for name in STUDIES if (path / name).is_file()]
     if not named:
         entries, notes = list_entries(paths)

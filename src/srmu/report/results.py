@@ -135,7 +135,8 @@ def explain_degeneration(entries: Sequence[RunGroup]) -> list[str]:
     for row in map(aggregate_runs, entries):
         numbers = {"before": row.before, "after": row.after}
         plain = {when: {name: vars(one) for name, one in of_it.items()} for when, of_it in numbers.items()}
-        said += [f"{row.name}: {sentence}" for sentence in explain_repetition(plain)]
+        told = explain_repetition(plain)
+        said += [f"{row.name}: {one}" if len(entries) > 1 else f"{one[0].upper()}{one[1:]}" for one in told]
     if len(said) > FEW:
         return [f"{'; '.join(said[:FEW])}. The section on other measurements has more of these."]
     return [f"{'; '.join(said)}."] if said else []
