@@ -16,7 +16,7 @@ class WGA(Retaining):
     paper = "arXiv 2502.19301"
     uses = ("retain texts (retain)", "the original's logits (retain=kl)")
 
-    beta: Annotated[float, Bounds(1e-3, 1e3)] = 1.0  # power of a token's likelihood; the paper's alpha; near 0: GA
+    beta: Annotated[float, Bounds(1e-3, 1e3)] = 1.0  # power of a token's likelihood; near 0: GA
 
     def loss(self, model: EditableModel, state: State, forget: Batch, retain: Batch, step: int) -> Terms:
         # eq: WGA, L = -mean p(y)^beta nll(y), the weight p(y)^beta a constant
