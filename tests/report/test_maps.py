@@ -89,7 +89,7 @@ def test_the_headline_says_what_the_map_shows(tmp_path, atlas):
     assert "GeoNames, CC BY 4.0" in text
     write_atlas_run(tmp_path / "runs" / "rmu", atlas, "RMU")
     text = write_report([tmp_path / "runs"], tmp_path / "r.html").read_text()
-    assert "knew 3 facts about Africa and 2 about the rest of the world. Of these it misses 2 and 1 after rmu, and 2" in text
+    assert "3 facts about Africa and 2 about the rest of the world. Of these it misses 2 and 1 after rmu, and 2" in text
     assert text.count('"source": "data:image/png;base64,') == 3
 
 
