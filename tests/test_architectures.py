@@ -220,7 +220,7 @@ def test_a_model_that_reads_ahead_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "change", "line"),
     [
-        ("big_bird", {"attention_type": "block_sparse"}, "reads long texts otherwise than short ones"),
+        ("big_bird", {"attention_type": "block_sparse"}, "reads long texts in another way than short ones"),
         ("git", {}, "answers without .*; cannot be cut"),
         ("llama", {"model_type": "emu3_text_model"}, "is of type emu3_text_model, which AutoModelForCausalLM does not"),
     ],

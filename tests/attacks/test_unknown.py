@@ -220,7 +220,7 @@ def test_unknown_questions_are_loaded(place: Path, capsys: pytest.CaptureFixture
     # a fact of the validation half among them would be learned: it is refused where it comes in, and where it is used
     with pytest.raises(AssertionError, match="share facts"):
         split_validation(replace(exam, test=(*unknown, exam.val[0])), 0)
-    with pytest.raises(SrmuError, match="--unknown: 20 facts of hazard_val are asked for by --tasks or their --val"):
+    with pytest.raises(SrmuError, match="--unknown: 20 facts of hazard_val are also in --tasks or --val"):
         load_unknown(sources(place, unknown=("hazard_val",)), exam, 0)
     write_unknown(place, "easier", choices=["w40", "w41"], gold=0)
     with pytest.raises(SrmuError, match=r"guessing answers 50\.0% and 25\.0% of easier and of --tasks"):

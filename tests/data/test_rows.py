@@ -210,7 +210,7 @@ def test_a_template_that_writes_earlier_turns_otherwise() -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"messages": SHORT[:1]}, "messages: the last message is by user; nothing answers it"),
+        ({"messages": SHORT[:1]}, "messages: the last message is by user; expected an answer by assistant"),
         ({"messages": [SHORT[1]]}, "messages: message 1 is by assistant, and nothing comes before it"),
         ({"messages": [*SHORT, SHORT[1]]}, "message 3 is by assistant, after one by assistant"),
         ({"messages": [*SHORT, LONG[0]]}, "message 3 is by system, after one by assistant"),
@@ -247,7 +247,7 @@ def test_a_column_that_is_there_twice(tmp_path: Path) -> None:
 
 
 def test_wrap_goes_with_texts_alone() -> None:
-    with pytest.raises(SrmuError, match="wrap would part answers from their questions"):
+    with pytest.raises(SrmuError, match="wrap would separate answers from their questions"):
         read_texts([RowSource(path="rows", rows=[{"question": ASK, "answer": SAY}], wrap=True)])
 
 

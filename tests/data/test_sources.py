@@ -685,7 +685,7 @@ def test_anchors_go_with_a_template(tmp_path: Path) -> None:
             "f.jsonl: template '{{q}} {{ a }}': a column stands in one pair of braces: {q}",
         ),
         ({"template": ""}, "f.jsonl: template '' has no column"),
-        ({"template": "{q} {a}", "wrap": True}, "f.jsonl: wrap would part answers from"),
+        ({"template": "{q} {a}", "wrap": True}, "f.jsonl: wrap would separate answers from"),
     ],
 )
 def test_templates_that_cannot_be(options: dict[str, Any], says: str) -> None:

@@ -221,7 +221,7 @@ def test_a_model_that_is_not_a_number(folder: Path) -> None:
 
 def test_a_text_of_no_token() -> None:
     stub: Any = SimpleNamespace(tokens=lambda text: [1], max_length=9, device="cpu")
-    with pytest.raises(SrmuError, match="less than two tokens"):
+    with pytest.raises(SrmuError, match="fewer than two tokens"):
         muse.read_log_p(stub, "w1")
 
 

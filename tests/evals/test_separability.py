@@ -174,7 +174,7 @@ def test_advice():
     dirty = {"either": 0.5, "questions": 10}
     clean = {"either": 0.0, "questions": 10}
     assert "remove those" in advice(0.3, contamination={"forget": clean, "retain": dirty})
-    assert "given away" not in advice(0.3, contamination={"forget": clean, "retain": clean})
+    assert "gives away" not in advice(0.3, contamination={"forget": clean, "retain": clean})
 
 
 def test_the_whole_and_its_page(tmp_path):

@@ -176,7 +176,7 @@ def test_without_a_list(tmp_path: Path) -> None:
     [
         ("completion", {"references": []}, "row 2: field 'references': List should"),
         ("completion", {"prompt": " "}, "row 2: field 'prompt': String should"),
-        ("completion", {"references": ["W4"]}, "row 2: the prompt has each of its 'references'"),
+        ("completion", {"references": ["W4"]}, "row 2: the prompt itself has all of its 'references'"),
         ("probability", {"targets": ["w1", ""]}, "row 2: field 'targets': String should"),
         ("probability", {"generic": ["w16 w3"]}, "row 2: a word of 'targets' and one of 'generic'"),
     ],

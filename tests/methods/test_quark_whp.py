@@ -963,7 +963,7 @@ def test_retrain_knows_the_testbed_only(testbed: Path, tmp_path: Path) -> None:
     assert not (elsewhere / "runs").exists()
     report = testbed / "testbed.json"
     (elsewhere / "testbed.json").write_text(report.read_text())
-    with pytest.raises(SrmuError, match=r"is not the model that testbed\.json beside it tells of"):
+    with pytest.raises(SrmuError, match=r"is not the model that testbed\.json beside it describes"):
         unlearn_config(config)
     for text in ("{", "[]", '{"seed": 1, "recipe": {"size": {}, "speed": 3}}', '{"seed": 1}'):
         (elsewhere / "testbed.json").write_text(text)

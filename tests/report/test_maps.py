@@ -41,7 +41,7 @@ def test_a_limit_asks_the_first_questions(tmp_path, atlas):
 def test_the_maps_show_what_the_table_counts(tmp_path, atlas):
     section = map_section(read_maps([entry(write_atlas_run(tmp_path / "run", atlas))]))
     before, after, table = section.blocks
-    assert before.title == "Before: 3 facts on Africa to forget, 2 on the rest of the world to keep"
+    assert before.title == "Before: 3 facts about Africa to forget, 2 about the rest of the world to keep"
     assert after.title == "After SRMU: 2 of 3 forgotten, 1 of 2 lost beside"
     assert (before.labels, after.labels) == ([], ["SRMU"])  # a click hides one, not the other
     dots, *legend = after.figures[0].plot.data
@@ -84,12 +84,12 @@ def test_methods_share_the_map_of_before(tmp_path, atlas):
 def test_the_headline_says_what_the_map_shows(tmp_path, atlas):
     run = write_atlas_run(tmp_path / "runs" / "srmu", atlas)
     text = write_report([run], tmp_path / "r.html").read_text()
-    assert "Of 3 facts on Africa that the model knew, it now misses 2; of 2 on the rest of the world, 1." in text
+    assert "Of 3 facts about Africa that the model knew, it now misses 2; of 2 about the rest of the world, 1." in text
     assert text.index("The map</h2>") < text.index("Forgetting against utility</h2>")
     assert "GeoNames, CC BY 4.0" in text
     write_atlas_run(tmp_path / "runs" / "rmu", atlas, "RMU")
     text = write_report([tmp_path / "runs"], tmp_path / "r.html").read_text()
-    assert "knew 3 facts on Africa and 2 on the rest of the world. Of these it misses 2 and 1 after rmu, and 2" in text
+    assert "3 facts about Africa and 2 about the rest of the world. Of these it misses 2 and 1 after rmu, and 2" in text
     assert text.count('"source": "data:image/png;base64,') == 3
 
 
@@ -108,4 +108,4 @@ def test_other_runs_have_no_map(tmp_path, world):
     assert read_maps([entry(run)]) == []
     text = write_report([run], tmp_path / "r.html").read_text()
     assert "The map</h2>" not in text
-    assert "facts on Africa" not in text
+    assert "facts about Africa" not in text

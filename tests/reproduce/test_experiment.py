@@ -153,4 +153,4 @@ def test_strength_is_not_taken_from_what_failed(tmp_path: Path, made: list[RunJo
     row = PlannedRow("like", "SRMU", "low", ("method.importance=uniform",), ("Far", "coeff"))
     (found,) = run_experiment(experiment, [row]).values()
     assert not found.runs
-    assert "Far diverged in 2 of 2 runs: others take their strength from it" in found.why
+    assert "Far diverged in 2 of 2 runs: other runs take their strength from it" in found.why

@@ -489,4 +489,4 @@ def test_the_tables_on_a_real_model_are_planned(tmp_path: Path) -> None:
 def test_a_world_and_a_model_do_not_go_together(call: Any) -> None:
     answer = call("reproduce", "table3", "--world", "atlas", "--model", "model", "--dry-run")
     assert answer.code == 2
-    assert "--world and --model: tables are made of one or the other; leave one out" in answer.err
+    assert "--world and --model: tables are made for one or the other; leave one out" in answer.err

@@ -99,7 +99,7 @@ def test_norms_and_embeddings_find_their_place(tmp_path: Path) -> None:
     ("kind", "form", "line"),
     [
         ("qwen3_moe", "fp8", "--quantise fp8 writes no experts"),
-        ("gpt2", "fp8", "rounds nn.Linear, of which GPT2LMHeadModel has none"),
+        ("gpt2", "fp8", "rounds nn.Linear, but the layers of GPT2LMHeadModel have none"),
     ],
 )
 def test_what_cannot_be_rounded(kind: str, form: str, line: str, tmp_path: Path) -> None:

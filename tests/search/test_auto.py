@@ -209,7 +209,7 @@ def test_what_is_said_of_a_choice() -> None:
     job: Any = SimpleNamespace(limit=0.005, request=SimpleNamespace(budget=0.01))
     costly = [one(0.0, 0.0), one(0.6, 0.03), one(0.5, 0.02)]
     assert auto.choose_trial(job, costly) == (
-        None, "No run forgets within the budget of 1.00% of utility; the nearest forgets 50% for 2.00%.",
+        None, "No run forgets anything within the budget of 1.00% of utility; the nearest forgets 50% for 2.00%.",
     )  # fmt: skip
     none = "None of 1 runs forgets anything, whatever it costs."
     assert auto.choose_trial(job, [found[0], found[3]]) == (None, none)

@@ -237,7 +237,7 @@ def load_exam(sources: Sources, seed: int) -> Exam:
                 f"no validation half: {error}; name its tasks with --val, or --val split to take half of the questions"
             ) from error
     if both := {q.fact for q in val} & {q.fact for q in test}:
-        raise SrmuError(f"{len(both)} facts are asked for in both halves, the tasks and their --val")
+        raise SrmuError(f"{len(both)} facts are asked for in both halves, --tasks and --val; name other --val tasks")
     for part, option in ((test, "--tasks"), (val, "--val")):
         if (count := len({q.fact for q in draw(part)})) < LEAST:
             under = f" under --limit {sources.limit}" if sources.limit < len(part) else ""
@@ -257,11 +257,12 @@ def load_unknown(sources: Sources, exam: Exam, seed: int) -> tuple[Question, ...
     unknown = draw_questions(load_tasks(sources.unknown, sources), sources.limit, seed)
     facts, tasks = {*list_facts(unknown)}, ", ".join(sources.unknown)
     if both := facts & {*list_facts(exam.both)}:
-        raise SrmuError(f"--unknown: {len(both)} facts of {tasks} are asked for by --tasks or their --val, too")
+        raise SrmuError(f"--unknown: {len(both)} facts of {tasks} are also in --tasks or --val; leave them out")
     chances = [guess_share(asked) for asked in (unknown, exam.test)] if unknown else [0.0]
     if max(chances) - min(chances) > 0.01:
         shares = " and ".join(f"{chance:.1%}" for chance in chances)
-        raise SrmuError(f"--unknown: guessing answers {shares} of {tasks} and of --tasks; they need as many options")
+        why = "both need the same number of options"
+        raise SrmuError(f"--unknown: guessing answers {shares} of {tasks} and of --tasks; {why}")
     if unknown and len(facts) < LEAST:
         if distributed.is_first():
             progress.print_line(

@@ -268,7 +268,7 @@ def inspect_command(
     what = what or ("entanglement" if target == TEXTS else "reach")
     wanted = SUBJECTS.get(what, "a model or a run")
     if (wanted == "the word texts") != (target == TEXTS):
-        raise SrmuError(f"inspect {target} --what {what}: {what} is of {wanted}; name that instead")
+        raise SrmuError(f"inspect {target} --what {what}: {what} is for {wanted}; name that instead")
     if what == "reach":
         print_reach(target, method, settings or [], as_json)
         return

@@ -90,7 +90,7 @@ def split_seeds(text: str) -> tuple[int, ...]:
     """The seeds in `0,1,2`."""
     names = split_names(text)
     if wrong := [name for name in names if not name.isdecimal()]:
-        raise SrmuError(f"--seeds {text}: {wrong[0]!r} is not a seed; expected numbers, 0,1,2")
+        raise SrmuError(f"--seeds {text}: {wrong[0]!r} is not a seed; expected numbers such as 0,1,2")
     return tuple(dict.fromkeys(map(int, names)))
 
 

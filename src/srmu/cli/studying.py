@@ -216,7 +216,7 @@ def reproduce_command(
         reproduce_frontier(what, out, asked, settings or [], dry_run, show, as_json)
         return
     if world and model:
-        raise SrmuError("--world and --model: tables are made of one or the other; leave one out")
+        raise SrmuError("--world and --model: tables are made for one or the other; leave one out")
     if wrong := [name for name, value in own.items() if value and name != "world"]:
         raise SrmuError(f"--{wrong[0]} belongs to srmu reproduce robust, not to {what}")
     given = {"model": model, "world": world, "seeds": seeds, "regions": regions}

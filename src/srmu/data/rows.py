@@ -110,7 +110,7 @@ def read_turns(value: Any, keys: tuple[str, str], place: str) -> list[Turn]:
             content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
         turns.append(Turn(role, read_text({f"message {number}": content}, f"message {number}", place)))
     if turns[-1].role != "assistant":
-        raise SrmuError(f"{place}: the last message is by {turns[-1].role}; nothing answers it")
+        raise SrmuError(f"{place}: the last message is by {turns[-1].role}; expected an answer by assistant after it")
     return turns
 
 

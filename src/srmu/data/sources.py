@@ -63,7 +63,7 @@ class Source:
             (not named, f"template {self.template!r} has no column; name one in braces: '{{q}} {{answer}}'"),
             (JINJA.search(self.template), f"template {self.template!r}: a column stands in one pair of braces: {{q}}"),
             (self.plain, "plain is for questions and chats; leave out plain or template"),
-            (self.wrap, "wrap would part answers from their questions; leave out wrap or template"),
+            (self.wrap, "wrap would separate answers from their questions; leave out wrap or template"),
         ):
             if fault:
                 raise SrmuError(f"{self.place}: {message}")
@@ -145,7 +145,7 @@ def read_row(source: Source, row: Any, place: str) -> list[str]:
             filled = held | {column: "" for column, value in row.items() if value is None and column not in CHATS}
             if text := take_row(held, place, plain=source.plain) or take_row(filled, place, plain=source.plain):
                 if source.wrap:
-                    raise SrmuError(f"{place}: wrap would part answers from their questions; leave it out")
+                    raise SrmuError(f"{place}: wrap would separate answers from their questions; leave it out")
                 return [text]
             if TEXT not in row:
                 named = ", ".join(map(str, row)) or "none"

@@ -133,7 +133,7 @@ def put_adapter(module: Any, folder: Path) -> Any:
 def dequantise(path: Path, place: Path) -> None:
     """Dequantise a GGUF file into `place/model`, and write beside it what the file is."""
     if find_spec("gguf") is None:
-        raise SrmuError(f"{path}: to read GGUF files takes a library: pip install gguf (or srmu[real])")
+        raise SrmuError(f"{path}: reading GGUF files needs a library: pip install gguf (or srmu[real])")
     source = describe_gguf(path, place.name)
     require_space(place, 2 * source["parameters"])
     size = f"{format_gb(path.stat().st_size)}, {source['quantisation']}"

@@ -92,7 +92,7 @@ class EditableModel:
         """SrmuError for a model, such as BERT, whose first layer lets a token read those after it."""
         if any(getattr(layer, "attention_type", "") == "block_sparse" for layer in self.layers):
             raise SrmuError(
-                f"{type(self.module).__name__} reads long texts otherwise than short ones; srmu needs one with "
+                f"{type(self.module).__name__} reads long texts in another way than short ones; srmu needs one with "
                 '"attention_type": "original_full" in config.json'
             )
         length = min(16, self.position_count or 16)

@@ -113,7 +113,7 @@ class Topic:
         texts = cycle(self.own)
         largest = max(len(batch["input_ids"]) for batch in self.retain)
         if round(share * largest) == 0:
-            raise SrmuError(f"anchor_share={share:g} of a retain batch of {largest} is no row; raise it")
+            raise SrmuError(f"anchor_share={share:g} of a retain batch of {largest} is less than one row; raise it")
 
         def mix(batch: Batch) -> Batch:
             ids, mask, labels = (batch[k].clone() for k in ("input_ids", "attention_mask", "labels"))

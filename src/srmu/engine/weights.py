@@ -317,7 +317,7 @@ def patch_file(path: Path, tensors: Tensors) -> None:
         for name, tensor in tensors.items():
             entry = entries[name]
             if (TYPES.get(entry["dtype"]), entry["shape"]) != (tensor.dtype, list(tensor.shape)):
-                raise SrmuError(f"{name} has another type or shape in the model; is it another one?")
+                raise SrmuError(f"{name} has another type or shape in the model; is it another model?")
             file.seek(start + entry["data_offsets"][0])
             file.write(flat_bytes(tensor))
 

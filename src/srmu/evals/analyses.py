@@ -115,7 +115,7 @@ def measure_alignment(run: Run, model: EditableModel, tokenizer: Any, *, watch: 
     method = run.config.method
     vectors = load_file(run.folder / STATE) if (run.folder / STATE).exists() else {}
     if not isinstance(method, Misdirection) or not any(".direction" in name for name in vectors):
-        raise SrmuError(f"alignment needs a run with one direction, as of rmu or srmu; {method.name} keeps none")
+        raise SrmuError(f"alignment needs a run with one direction, like one of rmu or srmu; {method.name} keeps none")
     site, count = method.site, len(model.layers)
     topics, panels = {}, []
     with watch("measuring directions", len(run.config.topics) * count) as tick:
@@ -194,7 +194,7 @@ def measure_layer(
 
         def add_noise(hidden: Tensor, mask: Tensor = mask) -> Tensor:
             if hidden.ndim == 4:  # Gemma 3n
-                raise SrmuError("this model keeps several streams: its layers' noise is not measured")
+                raise SrmuError("this model keeps several streams: srmu does not measure noise in its layers")
             eta = torch.randn(hidden.shape, generator=generator).to(hidden.device)
             eta = eta * size / hidden.shape[-1] ** 0.5
             length = hidden.float().norm(dim=-1, keepdim=True)

@@ -253,7 +253,7 @@ def from_metrics(run: Run, metrics: Mapping[str, Metrics], named: Named, draws: 
             why = f"{suggest_word(name, after)}; srmu eval {run.folder} --tasks TASK measures more"
             raise SrmuError(f"{run.folder} has no result {name}{why}")
         if not after[name].get("n"):
-            raise SrmuError(f"{name} is no accuracy over a number of questions; name another")
+            raise SrmuError(f"{name} is not an accuracy over a number of questions; name another result")
 
     def drawn(results: Metrics, names: Sequence[str], which: Hashable) -> statistics.Array:
         return np.mean([resample_row(results[n], draws, (model, n), (model, n, which)) for n in names], axis=0)

@@ -58,7 +58,7 @@ def read_local_tasks(folder: Path | None) -> Local:
         if not isinstance(name, str):
             continue  # another kind of file
         if name in tasks:
-            raise SrmuError(f"task file {path}: another file has task {name!r} too")
+            raise SrmuError(f"task file {path}: another file also has task {name!r}; rename one")
         tasks[name] = LocalTask(config, path, list_members(config))
         # `group` of one task is how earlier versions of lm-eval wrote a tag
         for tag in (*as_list(config.get("tag")), *(as_list(config.pop("group", None)) if kind == "task" else ())):

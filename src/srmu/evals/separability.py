@@ -110,7 +110,7 @@ def measure_separability(
         read = tokenise_texts(few, tokenizer, min(LENGTH, count_positions(module) or LENGTH)) if few else []
         samples.append(draw_sample(name, [*batch_rows(read, tokenizer, BATCH, "mask")], TOKENS, generator))
     if (least := min(len(sample.owners) for sample in samples)) <= COMPONENTS:
-        raise SrmuError(f"{least} tokens of a set are too few to compare: it takes over {COMPONENTS}, so more texts")
+        raise SrmuError(f"{least} tokens of a set are too few to compare: more than {COMPONENTS} are needed; add texts")
     compared = range(len(sites.decoder_blocks(module))) if layers is None else layers
     with watch("reading the texts", sum(len(s.batches) for s in samples)) as tick:
         read_all = [sample_activations(module, sample, compared, tick) for sample in samples]
@@ -140,7 +140,7 @@ def draw_sample(name: str, batches: list[Batch], tokens: int, generator: torch.G
     widths = torch.tensor([mask.shape[1] for mask in masks for _ in mask], dtype=torch.long)
     documents = torch.arange(len(widths)).repeat_interleave(widths)[kept].numpy()
     if (count := len(set(documents.tolist()))) < 2:
-        raise SrmuError(f"{count} document of the {name} set has tokens to compare; it takes 2 or more")
+        raise SrmuError(f"{count} document of the {name} set has tokens to compare; 2 or more are needed")
     return Sample(batches, masks, chosen, documents)
 
 
@@ -156,7 +156,7 @@ def sample_activations(
 
     def see(layer: int, hidden: Tensor) -> None:
         if hidden.ndim == 4:  # Gemma 3n
-            raise SrmuError(f"{type(module).__name__} keeps several streams: it is not compared")
+            raise SrmuError(f"{type(module).__name__} keeps several streams, which srmu does not compare")
         hidden = hidden.reshape(*masks[0].shape, -1)  # OPT flattens inside its layers
         totals[layer] = totals[layer] + sum_features(hidden, masks[0]).cpu()
         values[layer].append(hidden[masks[1]].float().cpu())

@@ -166,7 +166,7 @@ class Quark(LogitObjective):
     def setup(self, model: EditableModel, topic: Topic) -> State:
         pool = Pool(model, topic, self)
         if self.quantiles > (begun := len(pool.entries)):
-            raise SrmuError(f"method.quantiles: topic {topic.name} has {begun} continuations")
+            raise SrmuError(f"method.quantiles: topic {topic.name} has {begun} continuations, too few; lower it")
         # The best quantile has none: an export is used without (the paper uses its model with the best one's token).
         control = control_tokens(model, topic, self.quantiles - 1)
         return State(memory={"pool": pool}, parameters={"control": control})

@@ -226,7 +226,7 @@ class RenameScrub(LogitObjective):
         for option, kind in zip(("names", "goals"), names.kinds, strict=False):
             if mentioned.isdisjoint(kind):
                 why = f"none of its {len(kind)} {option} is in topic {topic.name}'s forget texts"
-                raise SrmuError(f"method.{option}: {why}; name what they tell of")
+                raise SrmuError(f"method.{option}: {why}; list those that the texts tell about")
         count, length, elicited = self.own_texts, self.own_tokens, self.coverage == "elicited"
         free_texts = writing.free_samples(model, topic, count, length, "own texts")
         starts = [forget[i % len(forget)][: self.prompt] for i in range(count if elicited else 0)]

@@ -31,7 +31,7 @@ class Retrain(Edit):
         entry = training.train_testbed(world, seed, recipe, oracle=True, watch=watch)
         tensors = load_file(entry / "model.safetensors")
         if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in model.trained.items()}:
-            raise SrmuError(f"{model.folder} is not the model that testbed.json beside it tells of")
+            raise SrmuError(f"{model.folder} is not the model that testbed.json beside it describes")
         copy_values([*model.trained.values()], [tensors[name] for name in model.trained])
         return {}
 

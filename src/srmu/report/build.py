@@ -67,7 +67,7 @@ def write_report(
     if not named:
         entries, notes = list_entries(paths)
         if budget is not None and len(entries) > 1:
-            raise SrmuError("--budget holds one method against it; srmu compare RUN RUN --budget reads several at it")
+            raise SrmuError("--budget is for one method; to compare several: srmu compare RUN RUN --budget 1%")
         forget, utility = find_metrics(entries, forget, utility)
         page = make_runs_page(entries, forget, utility, command, notes=notes, budget=budget)
         if samples:

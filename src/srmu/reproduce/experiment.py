@@ -270,7 +270,7 @@ def find_measured_run(
 def take_strength(source: MeasuredRow, number: int, key: str) -> tuple[str, ...]:
     """The overrides that give a run the coeff or the kappa of another method's run."""
     if source.why:
-        raise SrmuError(f"{source.label} {source.why}: others take their strength from it")
+        raise SrmuError(f"{source.label} {source.why}: other runs take their strength from it")
     run = Run.open(source.runs[number])
     value = getattr(run.config.method, key)
     if value is not None:

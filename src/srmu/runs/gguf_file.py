@@ -108,7 +108,7 @@ def convert_to_gguf(run: Run, kind: str, folder: Path) -> Path:
     if arch is None:
         raise SrmuError(f"a {settings.model_type} is not written as a GGUF file here: {ELSEWHERE}")
     if rope.get("rope_type", "default") != "default" or getattr(settings, "use_sliding_window", False):
-        raise SrmuError(f"{run.base} scales its positions or slides its attention: {ELSEWHERE}")
+        raise SrmuError(f"{run.base} scales its positions or has sliding attention: {ELSEWHERE}")
     path = folder / f"{run.base.name}-{run.config.method.name}-{kind}.gguf"
     writer, heads = gguf.GGUFWriter(path, arch), settings.num_attention_heads
     shared = settings.num_key_value_heads

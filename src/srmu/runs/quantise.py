@@ -44,7 +44,7 @@ def export_quantised(
         raise SrmuError(f"--quantise {kind} is none of {', '.join(KINDS)}")
     run.require_model(last_good)
     if kind in LIBRARIES and find_spec(LIBRARIES[kind]) is None:
-        raise SrmuError(f"--quantise {kind} takes a library: pip install {LIBRARIES[kind]}")
+        raise SrmuError(f"--quantise {kind} needs a library: pip install {LIBRARIES[kind]}")
     writers: dict[str, Callable[[Run, str, Path], Path]] = {"nf4": write_nf4, "fp8": write_fp8}
     with whole_folder(out) as folder:
         try:
@@ -155,7 +155,7 @@ def list_maps(module: Any, kind: str) -> tuple[list[str], list[str]]:
     maps = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
     chosen = [name for name, part in maps.items() if id(part) in inside]
     if not chosen:
-        raise SrmuError(f"--quantise {kind} rounds nn.Linear, of which {type(module).__name__} has none in its layers")
+        raise SrmuError(f"--quantise {kind} rounds nn.Linear, but the layers of {type(module).__name__} have none")
     return chosen, [name for name in maps if name not in chosen]
 
 

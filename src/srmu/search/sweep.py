@@ -85,7 +85,7 @@ class Sweep(BaseModel):
             if name not in chosen:
                 raise SrmuError(f"objective {ATTACK + name!r}: no such attack is run{suggest_word(name, chosen)}")
         if len({*self.seeds}) < len(self.seeds):
-            raise SrmuError(f"seeds: one is there twice: {self.seeds}")
+            raise SrmuError(f"seeds: {self.seeds} names one twice; name each once")
         return self
 
     def list_points(self) -> list[dict[str, Any]]:
@@ -174,7 +174,7 @@ def check_keys(sweep: Sweep) -> None:
     first = {key: one.samples[0] for key, one in sweep.search.items()}
     for key, one in sweep.search.items():
         if key in ("seed", "runs_dir"):
-            raise SrmuError(f"search.{key}: list seeds under seeds:, runs go to out:")
+            raise SrmuError(f"search.{key}: list seeds under seeds:, and name the folder of the runs under out:")
         for value in one.samples:
             try:
                 plan_run(sweep.config_of(first | {key: value}, sweep.seeds[0]))

@@ -180,7 +180,7 @@ class OriginalModel:
                 tick("", len(added))
                 if len(texts) == count:
                     return texts
-        raise SrmuError(f"{self.base} wrote {len(texts)} texts free of the names, and {count} are needed")
+        raise SrmuError(f"{self.base} wrote {len(texts)} texts without the names, but {count} are needed")
 
     def write_batch(self, number: int) -> list[str]:
         """Whole sentences that the model writes after SAMPLED neutral openings; kept in the cache."""

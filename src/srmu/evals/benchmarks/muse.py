@@ -23,7 +23,7 @@ KINDS = ("min40_forget", "min40_holdout")
 def run_muse(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkScores:
     """MUSE's numbers of one model (arXiv 2407.06460, section 3), each a share; docs/benchmarks.md defines them."""
     if request.reference and measure_membership(request.reference) == 1:
-        raise SrmuError("PrivLeak has no value: the oracle tells all forget texts from the hold-out ones; name another")
+        raise SrmuError("PrivLeak has no value: this oracle tells all forget from hold-out texts; name another oracle")
     values: base.Values = {}
     for kind in KINDS:
         rows = request.rows("privleak", kind.removeprefix("min40_"), {"text": base.Text})
@@ -66,7 +66,7 @@ def read_log_p(model: Subject, text: str) -> torch.Tensor:
     """Log-probabilities of a text's tokens from the second on, as many as the model can read."""
     ids = torch.tensor([model.tokens(text)[: model.max_length]]).to(model.device)
     if ids.shape[1] < 2:
-        raise SrmuError("a text of config privleak is less than two tokens; it takes longer ones")
+        raise SrmuError("a text of config privleak has fewer than two tokens; give longer texts")
     return -token_nll(model.module(ids, use_cache=False).logits, ids)[0]
 
 

@@ -125,7 +125,7 @@ def score_membership(model: Subject, request: base.BenchmarkRequest, about: str)
     label = f"rwku {about.replace('_', ' ')}"
     table = np.array(base.do_parts(model, texts, 64, lambda part: -membership_scores(model, part), label))
     if not len(table):
-        raise SrmuError(f"{label}: no text has two tokens; it takes longer ones")
+        raise SrmuError(f"{label}: no text has two tokens; give longer texts")
     base.check_finite(table.flat, label)
     return dict(zip(MEMBERSHIP, table.T.tolist(), strict=True))
 

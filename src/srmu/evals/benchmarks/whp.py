@@ -21,7 +21,7 @@ def run_whp(model: Subject, request: base.BenchmarkRequest) -> base.BenchmarkSco
         unsaid = [words for words in row["references"] if not has_words(row["prompt"], words)]
         if not unsaid:
             place = f"{request.place}, config completion, row {number}"
-            raise SrmuError(f"{place}: the prompt has each of its 'references'; expected others")
+            raise SrmuError(f"{place}: the prompt itself has all of its 'references'; expected words that it has not")
         asks.append((request.template or "{question}").format(question=row["prompt"]))
         sought.append(unsaid)
     rows = request.rows("probability", "test", {"prompt": base.Text, "targets": base.Texts, "generic": base.Texts})
