@@ -42,10 +42,10 @@ def test_the_maps_show_what_the_table_counts(tmp_path, atlas):
     section = map_section(read_maps([entry(write_atlas_run(tmp_path / "run", atlas))]))
     before, after, table = section.blocks
     assert before.title == "Before: 3 facts about Africa to forget, 2 about the rest of the world to keep"
-    assert after.title == "After SRMU: 2 of 3 forgotten, 1 of 2 lost beside"
+    assert after.title == "After SRMU: 2 of 3 forgotten, 1 of 2 lost as a side effect"
     assert (before.labels, after.labels) == ([], ["SRMU"])  # a click hides one, not the other
     dots, *legend = after.figures[0].plot.data
-    assert [trace.name for trace in legend] == ["forgotten, as asked", "lost beside", "still right"]
+    assert [trace.name for trace in legend] == ["forgotten, as asked", "lost as a side effect", "still right"]
     looks = {trace.name: (trace.marker.color[0], trace.marker.symbol[0]) for trace in legend}
     assert len({colour for colour, _ in looks.values()}) == len({symbol for _, symbol in looks.values()}) == 3
     marker = dots.marker
@@ -60,15 +60,15 @@ def test_the_maps_show_what_the_table_counts(tmp_path, atlas):
         "country of Kano: Nigeria": "forgotten, as asked",
         "country of Oran: Algeria": "still right",
         "country of Leipzig: Germany": "still right",
-        "country of Lima &amp; Callao: Peru": "lost beside",
+        "country of Lima &amp; Callao: Peru": "lost as a side effect",
     }
     assert all(look == looks[state] for state, _, look, _ in drawn.values())
     assert drawn["country of Kisumu: Kenya"][1] == (-0.1, 34.75)
     assert drawn["country of Oran: Algeria"][3] > drawn["country of Leipzig: Germany"][3]
-    assert "forgotten, as asked: 2; lost beside: 1; still right: 2." in after.figures[0].words
+    assert "forgotten, as asked: 2; lost as a side effect: 1; still right: 2." in after.figures[0].words
     (row,) = table.table.rows
     assert row["Africa\nforgotten, as asked"] == "2 (66.7 % of 3)"
-    assert row["Elsewhere\nlost beside"] == "1 (50.0 % of 2)"
+    assert row["Elsewhere\nlost as a side effect"] == "1 (50.0 % of 2)"
 
 
 def test_methods_share_the_map_of_before(tmp_path, atlas):

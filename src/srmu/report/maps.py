@@ -25,7 +25,7 @@ STATES = {  # a dot's colour, shape and size
     "to forget": (COLOURS[1], "circle-open", 6),
     "to keep": (COLOURS[0], "circle", 6),
     "forgotten, as asked": (COLOURS[1], "diamond", 6.5),
-    "lost beside": (COLOURS[5], "x", 10.5),
+    "lost as a side effect": (COLOURS[5], "x", 10.5),
     "still right": (COLOURS[0], "circle", 6),
 }
 LARGER = 1.5  # times, dots of what is to be forgotten
@@ -102,7 +102,7 @@ def map_section(maps: Sequence[FactMap]) -> Section:
             drawn.append(before)
             blocks.append(draw_world(one, write_words("map_before", map=one)[0], before=True))
         blocks.append(draw_world(one, write_words("map_after", map=one)[0]))
-        heads = (f"{one.region}\nforgotten, as asked", "Elsewhere\nlost beside")
+        heads = (f"{one.region}\nforgotten, as asked", "Elsewhere\nlost as a side effect")
         counts = {
             head: f"{lost} ({100 * lost / known:.1f} % of {known})" if known else None
             for head, known, lost in zip(heads, one.known, one.lost, strict=True)
@@ -120,7 +120,7 @@ def draw_world(one: FactMap, title: str, *, before: bool = False) -> Block:
         ("to forget" if fact.hazard else "to keep") if before
         else "still right" if fact.kept
         else "forgotten, as asked" if fact.hazard
-        else "lost beside"
+        else "lost as a side effect"
         for fact in facts
     ]  # fmt: skip
     shown = [state for state in STATES if state in states]

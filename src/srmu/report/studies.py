@@ -17,9 +17,9 @@ FRONT, BEHIND = "on the front", "behind the front"
 PERCENT = {"tickformat": ".0%"}
 BETTER = {"minimize": "lower is better", "maximize": "higher is better"}
 HALVES = {
-    "val": "Chosen\non the half to choose on",
-    "test": "Chosen\non the half kept back",
-    "defaults": "Fixed defaults\non the half kept back",
+    "val": "Chosen\non the half for choices",
+    "test": "Chosen\non the other half",
+    "defaults": "Fixed defaults\non the other half",
 }
 Trial = Mapping[str, Any]
 Study = Mapping[str, Any]  # what the study's JSON file says
