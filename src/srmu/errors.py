@@ -30,15 +30,16 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def suggest_word(word: str, known: Iterable[object], elsewhere: Iterable[str] = ()) -> str:
+def suggest_word(word: str, known: Iterable[object], elsewhere: Iterable[str] = (), group: str = "") -> str:
     """`; did you mean ...?`, or what there is to choose from.
 
     A word may be short for a name (`lr` for `learning_rate`), and stand for one of those `elsewhere`, which come
-    with the keys before them.
+    with the keys before them. `group` is written before the names that are known.
     """
     names = [str(name) for name in known]
-    short = [name for name in (*names, *elsewhere) if is_short_for(word, name.rpartition(".")[2])]
-    meant = get_close_matches(word, names, n=1, cutoff=0.6) or short
+    own = get_close_matches(word, names, n=1, cutoff=0.6) or [name for name in names if is_short_for(word, name)]
+    short = [name for name in elsewhere if is_short_for(word, name.rpartition(".")[2])]
+    meant = [group + name for name in own] + short * (not own)
     return f"; did you mean {' or '.join(meant)}?" if meant else f"; choose one of {', '.join(names)}"
 
 

@@ -18,7 +18,7 @@ from helpers.models import write_jsonl
 from srmu.attacks import ATTACKS, suite
 from srmu.attacks.base import Attack, AttackResult, Exam, Setting, ask_exam, choose_setting
 from srmu.attacks.suite import Sources, attack_run, load_exam, select_attacks
-from srmu.attacks.summary import describe_attacks, describe_prices, measure_recovery
+from srmu.attacks.summary import describe_attacks, describe_prices, describe_search, measure_recovery
 from srmu.cli.measuring import attack_table
 from srmu.errors import SrmuError
 from srmu.evals.results import RESULTS, load_results, read_attacks
@@ -48,6 +48,17 @@ def sources(place: Path, **given: Any) -> Sources:
         }
         | given
     )
+
+
+def test_a_shortened_search_is_said() -> None:
+    """What a small budget did not find is no strength of the model."""
+    usual = {"tuned_relearning": {"budget": {"trials": 24, "steps": 100}}}
+    few = {"tuned_relearning": {"budget": {"trials": 3, "steps": 10}}}
+    assert describe_search({}) == describe_search(usual) == []
+    assert describe_search(few) == [
+        "tuned_relearning tried 3 trainings of at most 10 steps, where 24 of 100 are usual: it may find more"
+    ]
+    assert describe_search({"tuned_relearning": {"budget": {"trials": 48, "steps": 10}}})
 
 
 def test_membership_is_in_the_record_and_on_its_page(run: Run, place: Path) -> None:

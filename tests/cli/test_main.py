@@ -194,14 +194,14 @@ OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "method": (["--method", "srum"], ["unknown method 'srum'", "did you mean srmu?"]),
     "another method": (["method.name=nop"], ["unknown method 'nop'; did you mean npo?"]),
     "method file": (["--method", "mine.py:Mine"], ["mine.py:Mine", "no such file"]),
-    "method option": (["method.kapa=3"], ["method.kapa is not an option", "did you mean kappa?"]),
-    "train option": (["train.learning_rat=1"], ["did you mean learning_rate?"]),
-    "topic option": (["topics.topic.max_lenght=9"], ["did you mean max_length?"]),
+    "method option": (["method.kapa=3"], ["method.kapa is not an option", "did you mean method.kappa?"]),
+    "train option": (["train.learning_rat=1"], ["did you mean train.learning_rate?"]),
+    "topic option": (["topics.topic.max_lenght=9"], ["did you mean topics.topic.max_length?"]),
     "source option": (["topics.topic.forget={pth: a}"], ["did you mean path?"]),
-    "purpose": (["purpose.reasn=law"], ["purpose.reasn is not an option", "did you mean reason?"]),
+    "purpose": (["purpose.reasn=law"], ["purpose.reasn is not an option", "did you mean purpose.reason?"]),
     "top level": (["sede=3"], ["sede is not an option", "did you mean seed?"]),
     "without its group": (["kappa=16"], ["kappa is not an option; did you mean method.kappa?"]),
-    "short": (["train.lr=1"], ["train.lr is not an option; did you mean learning_rate?"]),
+    "short": (["train.lr=1"], ["train.lr is not an option; did you mean train.learning_rate?"]),
     "as an option": (["--max-steps", "20"], ["No such option: --max-steps", "have no dashes: train.max_steps=VALUE"]),
     "with spaces": (["method.kappa", "=", "16"], ["expected key=value without spaces"]),
     "flag": (["--methd", "srmu"], ["--methd", "--method"]),
@@ -332,7 +332,7 @@ CONFIGS: dict[str, tuple[str, list[str]]] = {
     "method list": ("model: model\nmethod: [srmu]\ntopics: {}\n", ["method: expected a mapping"]),
     "topic key": (
         "model: model\nmethod: srmu\ntopics: {1: {forget: a, retain: b, max_lenght: 3}}\n",
-        ["topics.1.max_lenght is not an option; did you mean max_length?"],
+        ["topics.1.max_lenght is not an option; did you mean topics.1.max_length?"],
     ),
 }
 

@@ -109,6 +109,20 @@ def test_a_summary_asks_for_the_purpose(call: Call, tmp_path: Path) -> None:
     assert "Sign off: said." in Path("page.md").read_text()
 
 
+def test_a_summary_stays_out_of_what_is_verified(call: Call, tmp_path: Path) -> None:
+    run = world.unlearned(tmp_path).folder.relative_to(tmp_path)
+    done = call("verify", run, "--summary", run / "page.md")
+    assert done.code == 2 and "which must stay as it is recorded" in done.err
+    assert call("verify", run).code == 0
+
+
+def test_a_folder_of_runs_names_one(call: Call, tmp_path: Path) -> None:
+    run = world.unlearned(tmp_path).folder.relative_to(tmp_path)
+    for verb in (("attack", "runs"), ("export", "runs", "out"), ("ask", "runs", "w50"), ("eval", "runs")):
+        done = call(*verb)
+        assert done.code == 2 and f"such as {run}" in done.err, done.err
+
+
 def test_a_report_shows_what_the_models_write_only_if_asked(call: Call, tmp_path: Path) -> None:
     """Forget texts are shown under a flag of their own, and kept nowhere else."""
     run = world.unlearned(tmp_path).folder.relative_to(tmp_path)

@@ -63,8 +63,8 @@ def test_a_run_saves_the_checkpoints_dtype(workplace):
 def test_the_processor_is_asked_once(monkeypatch):
     devices.computes_bf16.cache_clear()
     asked = []
-    monkeypatch.setattr(devices.timeit, "repeat", lambda *given, **how: asked.append(1) or [1.0])
+    monkeypatch.setattr(devices.timeit, "timeit", lambda *given, **how: asked.append(1) or 1.0)
     assert devices.computes_bf16()
     assert devices.computes_bf16()
-    assert len(asked) == 2  # a time for each dtype
+    assert len(asked) == 2 * devices.REPEATS  # each dtype in turns
     devices.computes_bf16.cache_clear()

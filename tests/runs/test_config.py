@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from srmu.errors import SrmuError
-from srmu.runs.config import Config, load_config, make_config
+from srmu.runs.config import Config, build_config, load_config, make_config
 from srmu.runs.run import unlearn_config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -87,7 +87,7 @@ def test_a_hub_id_is_left_alone(config_file: Path) -> None:
         ("train.max_steps=3", lambda c: c.train.max_steps == 3),
         ("train.shuffle=false", lambda c: c.train.shuffle is False),
         ("method.kappa=16", lambda c: c.method.kappa == 16.0),
-        ("method.kappa=", lambda c: c.method.kappa is None),
+        ("method.kappa=null", lambda c: c.method.kappa is None),
         ("topics.bio.alpha=2", lambda c: c.topics["bio"].options == {"alpha": 2.0}),
         ("topics.new={forget: a.txt, retain: b.txt}", lambda c: len(c.topics) == 3),
         ("eval=[a, b]", lambda c: c.eval == ["a", "b"]),
@@ -297,3 +297,12 @@ def test_another_family_starts_from_its_own_defaults(tmp_path: Path) -> None:
         load_config(path, ["method.name=npo", "method.kappa=3"])
     path.write_text("model: m\nmethod: srmu\ntopics: {t: {forget: f.jsonl}}\n")
     assert load_config(path, ["method.name=ga"]).method.name == "ga"
+
+
+def test_an_empty_value_is_refused_and_a_method_keeps_what_it_shares(tmp_path: Path) -> None:
+    """`method=rmu` is `method.name=rmu`: RMU keeps the file's kappa, where a method of another family does not."""
+    tree = {"model": "m", "method": {"name": "srmu", "kappa": 3.0}, "topics": {"t": {"forget": "f.jsonl"}}}
+    with pytest.raises(SrmuError, match=r"method.kappa=: expected a value behind the =; null stands for none"):
+        build_config(tree, ["method.kappa="])
+    assert build_config(tree, ["method=rmu"]) == build_config(tree, ["method.name=rmu"])
+    assert build_config(tree, ["method=rmu"]).method.kappa == 3.0

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from srmu.attacks.base import Attack, AttackResult, Exam, Setting, guess_share
+from srmu.attacks.tuned_relearning import TunedRelearning
 from srmu.engine import distributed
 from srmu.errors import SrmuError
 from srmu.evals import results, statistics
@@ -179,9 +180,20 @@ def describe_attacks(report: Mapping[str, Any]) -> list[str]:
     elif not report["oracle"]:
         lines.append("no oracle: whether an attack finds what was never known is not checked")
     lines += [line for one in attacks.values() for line in describe_prices(one.get("price", ()))]
+    lines += describe_search(attacks)
     if report["not_tried"]:
         lines.append(f"not tried: {', '.join(report['not_tried'])}")
     return [*lines, "what no attack found may still be there"]
+
+
+def describe_search(attacks: Mapping[str, Any]) -> list[str]:
+    """How much less than by default the tuned attacker tried, if so: what it did not find says little then."""
+    budget = attacks.get(TunedRelearning.name, {}).get("budget", {})
+    usual = TunedRelearning()
+    if not budget or (budget["trials"] >= usual.trials and budget["steps"] >= usual.steps):
+        return []
+    tried = f"{budget['trials']} trainings of at most {budget['steps']} steps"
+    return [f"{TunedRelearning.name} tried {tried}, where {usual.trials} of {usual.steps} are usual: it may find more"]
 
 
 def describe_prices(prices: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -77,8 +77,9 @@ def eval_command(
     if "before" in scores:
         run = output.shorten_path(Path(target))
         following = output.next_command("report", run) if asked else output.next_evaluation(Run.open(target))
+        kept = ["± is one standard error; srmu report gives 95 % intervals"]
         wrote = [f"wrote the scores into {run}"] if output.read_stamp(results) > before else []
-        lines = [*explain_repetition(scores), *wrote, following]
+        lines = [*kept, *explain_repetition(scores), *wrote, following]
     answer = scores if asked or "before" in scores else scores["after"]
     output.print_result(answer, as_json, *lines, table=score_table(scores))
 

@@ -62,6 +62,10 @@ def verify_command(
 
     if settings and not rerun:
         raise SrmuError(f"{settings[0]}: overrides go with --rerun, which makes the run again")
+    if summary and summary.resolve().is_relative_to(folder.resolve()):
+        raise SrmuError(
+            f"--summary {summary} lies in {folder}, which must stay as it is recorded; name a place elsewhere"
+        )
     answer = checks.verify_folder(folder, key, show_progress)
     signed = ", signed" if key else ""
     lines = [f"as recorded: {answer['files']} files, {answer['tensors']} tensors of record {answer['record']}{signed}"]
@@ -89,6 +93,7 @@ def verify_command(
         lines.append(f"wrote {summary}")
     if sign:  # last, as a rerun writes into the record
         lines.append(f"wrote {checks.sign_record(folder, sign)}")
+        following = output.next_command("verify", output.shorten_path(folder), "--key", "PUBLIC.pem")
     output.print_result(answer, as_json, *lines, following)
     raise typer.Exit(code)
 

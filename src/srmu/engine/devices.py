@@ -17,7 +17,7 @@ from srmu.engine.distributed import get_size
 from srmu.errors import SrmuError, first_line
 
 PROBED = 256  # rows and columns of the matrices whose product is timed
-SLOWER = 5  # times as slow as float32 is too slow
+SLOWER, REPEATS = 5, 9  # times as slow as float32 is too slow; how often both are timed
 
 
 def list_devices() -> list[str]:
@@ -61,11 +61,12 @@ def computes_bf16() -> bool:
 
     Without instructions for bfloat16 it takes some thirty times as long.
     """
-    seconds = []
-    for dtype in (torch.bfloat16, torch.float32):
-        matrix = torch.ones(PROBED, PROBED, dtype=dtype)
-        seconds.append(min(timeit.repeat(lambda: matrix @ matrix, repeat=3, number=1)))  # noqa: B023 (called at once)
-    return seconds[0] < SLOWER * seconds[1]
+    halves, wholes = (torch.ones(PROBED, PROBED, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    # in turns, the best of several: the answer decides a run's id, so a busy machine must not change it
+    turns = [(timeit.timeit(lambda: halves @ halves, number=1), timeit.timeit(lambda: wholes @ wholes, number=1))
+             for _ in range(REPEATS)]  # fmt: skip
+    half, whole = map(min, zip(*turns, strict=True))
+    return half < SLOWER * whole
 
 
 def reset_peak_memory(device: str) -> int:

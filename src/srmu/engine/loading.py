@@ -47,6 +47,8 @@ def read_config(folder: Path) -> Any:
             raise SrmuError(f"{folder} is a run, not a model: srmu export {folder} OUT writes its model")
         if runs := sorted(folder.glob("*/record.json")):
             raise SrmuError(f"{folder} is a folder of runs: name one of them, such as {runs[0].parent}")
+        if (folder / "model" / "config.json").is_file():
+            raise SrmuError(f"model folder {folder} has no config.json; name the model in it: {folder / 'model'}")
         meant = f"the GGUF file in it: {files[0]}" if len(files) == 1 else "a Hugging Face model"
         raise SrmuError(f"model folder {folder} has no config.json; name {meant}")
     if (folder / ADAPTER).is_file():  # transformers would put it on top, unsaid

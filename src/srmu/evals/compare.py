@@ -172,6 +172,8 @@ def suggest_attack(runs: Sequence[Path], forget: Sequence[str], utility: Sequenc
         more = {"val": report["tasks"]["val"], "tier": tier, "seed": str(report["seed"])}
         if unknown := report["tasks"].get("unknown"):
             more["unknown"] = ",".join(unknown)
+    elif (Path(Run.open(folder).config.model).parent / "testbed.json").is_file():
+        return folder, {}  # the testbed says what to ask
     else:
         known = [*choose_metrics([*read_metrics(folder)["after"]], forget, utility, Run.open(folder).config.eval)]
         more = {"val": "split"}
@@ -216,9 +218,16 @@ def check_attacks(runs: Sequence[Run], attacks: Mapping[Path, dict[str, Any]]) -
             words.append("other questions")
         elif ("unknown" in first) != ("unknown" in second):
             words.append("--unknown and without it")
+        if attacks_done(first) != attacks_done(second):
+            words.append("different attacks")
         if words:
             unlike = f"{one.folder} and {other.folder} were attacked with {', '.join(words)}"
-            raise SrmuError(f"{unlike}; attack all with the same --tier, --tasks, --seed and --limit")
+            raise SrmuError(f"{unlike}; attack all with the same --attacks, --tier, --tasks, --seed and --limit")
+
+
+def attacks_done(attacks: Mapping[str, Any]) -> set[str]:
+    """The attacks that K* is the highest of."""
+    return {name for name, one in attacks["attacks"].items() if one["status"] == "done" and one.get("right")}
 
 
 def from_attacks(run: Run, attacks: Mapping[str, Any], draws: statistics.Draws) -> RunNumbers:

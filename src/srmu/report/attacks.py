@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from srmu.attacks.summary import describe_prices
+from srmu.attacks.summary import describe_prices, describe_search
 from srmu.evals.results import PLAIN, read_attacks
 from srmu.evals.statistics import Array, Draws, Estimate, draw_floors, parse_answers, residual_table, worst_case
 from srmu.report.figures import COLOURS, GREY, Figure, Row, Series, draw_figure, label_look, make_look, mark_value
@@ -115,7 +115,10 @@ def estimate_recovery(entry: RunGroup) -> Recovery | None:
         failed=failed,
         not_tried=[*map(name_words, first["not_tried"])],
         curves=relearning_curves([*attacked.values()]),
-        prices=list_prices(attacked),
+        prices=[
+            *list_prices(attacked),
+            *dict.fromkeys(line for a in attacked.values() for line in describe_search(a["attacks"])),
+        ],
     )
 
 

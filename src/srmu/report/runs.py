@@ -80,12 +80,14 @@ def results_rows(pairs: Sequence[tuple[GroupRow, Recovery | None]], heads: Mappi
     for row, one in pairs:
         attacked = (format_share(one.worst), one.strongest) if one else ("", "not attacked")
         models.append((row.label, row.label, row.after, *attacked, str(len(row.runs))))
-    return [
+    lines = [
         {LABEL: label, "Method": name}
         | {head: numbers.get(column) for column, head in heads.items()}
         | {"K*\nlower is better": share, "Strongest attack": strongest, "Seeds": seeds}
         for label, name, numbers, share, strongest, seeds in models
     ]
+    empty = [key for key in lines[0] if key != LABEL and all(line[key] in ("", None) for line in lines)]
+    return [{key: line[key] for key in line if key not in empty} for line in lines]
 
 
 # ---- training curves

@@ -146,6 +146,7 @@ def build_config(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
     values: dict[str, Any] = deepcopy({"runs_dir": "runs", **tree})
     if isinstance(values.get("method"), str):
         values["method"] = {"name": values["method"]}
+    overrides = [re.sub("^method=(?=[^{])", "method.name=", override) for override in overrides]
     # Another method first: the file's options are those of its own method.
     for override in sorted(overrides, key=lambda o: not o.startswith("method.name=")):
         if override.startswith("method.name="):
@@ -225,10 +226,12 @@ def put_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise SrmuError(f"{override!r}: expected key=value without spaces, for example method.kappa=8")
+    if not text.strip():
+        raise SrmuError(f"{override}: expected a value behind the =; null stands for none")
     *parents, last = key.split(".")
     is_path = last in ("model", *PATHS) and text not in ("", "null")
     try:
-        value = yaml.safe_load(text) if text else None
+        value = yaml.safe_load(text)
     except yaml.YAMLError:
         if not is_path:
             raise SrmuError(f"{override!r}: the value is not YAML") from None
@@ -281,7 +284,9 @@ def explain_error(error: ValidationError, where: str, schema: Any) -> str:
             if issubclass(schema, BaseModel)
             else [field.name for field in dataclasses.fields(schema)]
         )
-        return f"{key} is not an option{suggest_word(location[-1], fields, () if key.count('.') else list_keys())}"
+        group = key.removesuffix(location[-1]) if len(location) <= 3 else ""  # of a source's options the name alone
+        elsewhere = () if key.count(".") else list_keys()
+        return f"{key} is not an option{suggest_word(location[-1], fields, elsewhere, group)}"
     if first["type"] in ("missing", "missing_argument"):
         return f"{key} is missing from the config"
     shown = first["input"] if isinstance(first["input"], str | int | float) else "that value"

@@ -55,6 +55,10 @@ class Run:
         if not (folder / RECORD).is_file():
             config = folder / CONFIG
             hint = f"; srmu unlearn {config} makes it" if config.is_file() else ""
+            if runs := sorted(folder.glob(f"*/{RECORD}")):
+                hint = f"; name one of the runs in it, such as {runs[0].parent}"
+            elif folder.is_file():
+                hint = "; name a run's folder"
             raise SrmuError(f"{folder} is not a finished run: it has no {RECORD}{hint}")
         return cls(folder)
 
