@@ -14,7 +14,7 @@ from srmu.errors import SrmuError
 from srmu.evals.results import UNATTACKED, Metrics, load_results, read_metrics
 from srmu.evals.statistics import Estimate, average_seeds
 from srmu.runs.config import read_tree
-from srmu.runs.effect import explain_repetition
+from srmu.runs.effect import REPETITION, explain_repetition
 from srmu.runs.record import CONFIG, METRICS, RECORD, STATE
 
 POINTS = 120  # at most this many points a curve
@@ -61,10 +61,15 @@ def aggregate_runs(entry: RunGroup, columns: Columns | None = None) -> GroupRow:
     """
     seeds = [read_results(folder) for folder in entry.runs]
     columns = columns or {name: [name] for seed in seeds for name in seed["after"]}
-    numbers = {}
+    numbers: dict[str, dict[str, Estimate]] = {}
     for when in ("before", "after"):
         means = {name: average_seeds([seed[when] for seed in seeds], metrics) for name, metrics in columns.items()}
-        numbers[when] = {name: mean for name, mean in means.items() if mean}
+        # a mean of shares has no interval of a share of questions
+        numbers[when] = {
+            name: Estimate(mean.value) if name.startswith(f"{REPETITION}/") else mean
+            for name, mean in means.items()
+            if mean
+        }
     return GroupRow(**vars(entry) | numbers)
 
 

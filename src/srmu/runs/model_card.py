@@ -28,7 +28,10 @@ def summarise_record(record: dict[str, Any], rounded: str = "", unstated: Sequen
     `unstated` are entries of its purpose that the page says are missing.
     """
     base, changed = Path(record["base"]["id"]), [*record["change"]["tensors"].items()][:ROWS]
-    named: dict[str, Any] = {"name": base.name, "local": base.is_absolute(), "exported": EXPORTED}
+    source = Path(record["base"].get("gguf", {}).get("file", ""))
+    # a folder made of a GGUF file may have any name
+    name = source.stem if source.stem and not base.name.endswith(".gguf") else base.name
+    named: dict[str, Any] = {"name": name, "local": base.is_absolute(), "exported": EXPORTED}
     named |= {"reach": explain_reach(record["reach"]), "repetition": explain_repetition(record["results"])}
     named["unstated"] = [name.replace("_", " ") for name in unstated]
     return render_template("card.md", record=record, changed=changed, rounded=rounded, **named)
