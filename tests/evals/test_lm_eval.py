@@ -423,7 +423,7 @@ def replaced(file: str, old: str, new: str) -> Callable[[Path], None]:
         (replaced("quiz.yaml", "acc", "accuracy"), "'quiz' gives no finite number"),
         (replaced("quiz.yaml", "test_split: test", "test_split: dev"), "'quiz' cannot be loaded"),
         (replaced("quiz.yaml", "version: 1.0", "version: ["), r"task file .*quiz\.yaml: "),
-        (lambda d: write_task(d / "more", questions(1)), r"task file .*quiz\.yaml: another file has"),
+        (lambda d: write_task(d / "more", questions(1)), r"task file .*quiz\.yaml: another file also has"),
         (
             replaced("quiz.yaml", "{data_files: {test: quiz.jsonl}}", "json"),
             r"quiz\.yaml: dataset_kwargs: expected keys",
