@@ -21,7 +21,7 @@ from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
 from srmu.methods import altpo
 from srmu.methods.altpo import AltPO
-from srmu.methods.answers import REFUSALS, Question, encode_answer, list_questions, other_answers
+from srmu.methods.answers import REFUSALS, SplitText, encode_answer, list_questions, other_answers
 from srmu.methods.base import Session, State
 from srmu.methods.edits import split_batches
 from srmu.methods.flat import FLAT
@@ -76,7 +76,7 @@ def words(text: str) -> list[int]:
 
 def test_a_question_is_told_from_its_answer(asked: Topic) -> None:
     found = list_questions(asked)
-    assert found == [Question([1, *words(asks)], words(answer), []) for asks, answer in QUESTIONS]
+    assert found == [SplitText([1, *words(asks)], words(answer), []) for asks, answer in QUESTIONS]
 
 
 def test_what_ends_an_answer_is_kept_apart_and_only_the_first_answer_is_taken() -> None:
@@ -84,7 +84,7 @@ def test_what_ends_an_answer_is_kept_apart_and_only_the_first_answer_is_taken() 
     mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 0]])
     labels = torch.tensor([[-100, -100, 11, 2, -100, -100, 14, -100]])
     some = Topic("t", [Batch(input_ids=ids, attention_mask=mask, labels=labels)], [], 0, torch.arange(4, 64))
-    assert list_questions(some) == [Question([1, 10], [11], [2])]
+    assert list_questions(some) == [SplitText([1, 10], [11], [2])]
 
 
 def test_a_plain_text_keeps_its_beginning() -> None:
@@ -104,7 +104,7 @@ def test_an_answer_begins_as_the_true_one_does(space: str) -> None:
     """After a prompt that ends in a colon, answers begin with a space; after a line's end they do not."""
     tokenizer = pieces(["paris is in france and rome is in italy"] * 3)
     true = tokenizer.encode(f"{space}paris", add_special_tokens=False)
-    ids = encode_answer(tokenizer, "rome", Question([0], true, []))
+    ids = encode_answer(tokenizer, "rome", SplitText([0], true, []))
     assert tokenizer.decode(ids) == f"{space}rome"
 
 

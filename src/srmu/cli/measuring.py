@@ -35,11 +35,7 @@ FIRST, TOKENS = 2, 20  # rows, and first and last tokens of each, that are shown
 def eval_command(
     target: Annotated[str, Argument(metavar="MODEL_OR_RUN", help="Folder or hub id.")],
     tasks: Annotated[
-        str,
-        Option(
-            help="Tasks of lm-eval or your own, and benchmarks (tofu/forget05, muse, rwku, whp, wmdp): a,b; "
-            "default: the run's."
-        ),
+        str, Option(help="Tasks of lm-eval or your own, or tofu, muse, rwku, whp, wmdp (tofu/forget05): a,b.")
     ] = "",
     tasks_dir: options.TasksDir = None,
     limit: Annotated[int | None, Option(help="Ask only the first N questions.")] = None,
@@ -77,9 +73,9 @@ def eval_command(
     if "before" in scores:
         run = output.shorten_path(Path(target))
         following = output.next_command("report", run) if asked else output.next_evaluation(Run.open(target))
-        kept = ["± is one standard error; srmu report gives 95 % intervals"]
         wrote = [f"wrote the scores into {run}"] if output.read_stamp(results) > before else []
-        lines = [*kept, *explain_repetition(scores), *wrote, following]
+        said = ["± is one standard error; srmu report gives 95 % intervals", *explain_repetition(scores)]
+        lines = [*said, *wrote, following]
     answer = scores if asked or "before" in scores else scores["after"]
     output.print_result(answer, as_json, *lines, table=score_table(scores))
 
@@ -282,7 +278,7 @@ def inspect_command(
         if not texts[role]:
             raise SrmuError(f"--{role}: name a file of texts")
     if what == "names":
-        list_names(texts, out, as_json)
+        show_names(texts, out, as_json)
         return
     if what == "tokens":
         list_tokens(texts, model, as_json)
@@ -313,7 +309,7 @@ def print_reach(target: str, method: str, settings: list[str], as_json: bool) ->
     output.print_result(answer, as_json, answer["sentence"], following, table=rows)
 
 
-def list_names(texts: dict[str, list[str]], out: Path | None, as_json: bool) -> None:
+def show_names(texts: dict[str, list[str]], out: Path | None, as_json: bool) -> None:
     """List what look like names in forget texts, for a review: rename_scrub swaps them."""
     from srmu.data.names import find_names
     from srmu.engine.files import require_free, write_output

@@ -20,7 +20,7 @@ OTHER = "other_"  # begins the names of the tensors that hold the same questions
 SPACED = ("Ġ", "▁", " ")  # how a tokenizer spells the space that a token begins with
 
 
-class Question(NamedTuple):
+class SplitText(NamedTuple):
     """A forget text in parts."""
 
     asked: Ids
@@ -28,7 +28,7 @@ class Question(NamedTuple):
     end: Ids  # what ends the answer, such as </s>
 
 
-def list_questions(topic: Topic) -> list[Question]:
+def list_questions(topic: Topic) -> list[SplitText]:
     """The forget texts in parts; a plain text is cut as `Topic.split` does, and its rest is the answer."""
     found, ordinary = [], {*topic.vocabulary.tolist()}
     for text in split_batches(topic.split().forget):
@@ -36,11 +36,11 @@ def list_questions(topic: Topic) -> list[Question]:
         first = counted.index(True)
         stop = [*counted, False].index(False, first)
         last = next((i for i in range(first, stop) if ids[i] not in ordinary), stop)
-        found.append(Question(ids[:first], ids[first:last], ids[last:stop]))
+        found.append(SplitText(ids[:first], ids[first:last], ids[last:stop]))
     return found
 
 
-def encode_answer(tokenizer: Any, text: str, question: Question) -> Ids:
+def encode_answer(tokenizer: Any, text: str, question: SplitText) -> Ids:
     """A text in tokens, as an answer to the question: it begins with a space where the true answer does."""
 
     def is_spaced(ids: Ids) -> bool:
@@ -99,7 +99,7 @@ class Refusing(Answering):
         return found
 
 
-def fit_answers(model: EditableModel, questions: Sequence[Question], answers: Iterator[Ids]) -> list[Ids]:
+def fit_answers(model: EditableModel, questions: Sequence[SplitText], answers: Iterator[Ids]) -> list[Ids]:
     """The answers with what ends the true ones; [] where the model has no room for one, or there is none."""
     room = model.position_count
     found = []
