@@ -233,6 +233,12 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+def test_a_method_refuses_what_is_no_number() -> None:
+    option: Any = "x"
+    with pytest.raises(srmu.SrmuError, match="method.kappa='x': expected a number at least 0"):
+        srmu.RMU(kappa=option)
+
+
 @pytest.mark.parametrize("case", MISTAKES)
 def test_mistakes(case: str) -> None:
     """One line that says what to do, and the model as it was."""

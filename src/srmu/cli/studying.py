@@ -66,6 +66,8 @@ def verify_command(
         raise SrmuError(
             f"--summary {summary} lies in {folder}, which must stay as it is recorded; name a place elsewhere"
         )
+    if summary and summary.is_dir():
+        raise SrmuError(f"--summary {summary} is a folder; name a file, such as {summary / 'summary.md'}")
     answer = checks.verify_folder(folder, key, show_progress)
     signed = ", signed" if key else ""
     lines = [f"as recorded: {answer['files']} files, {answer['tensors']} tensors of record {answer['record']}{signed}"]

@@ -32,11 +32,11 @@ class Bounds(NamedTuple):
 
     def find_fault(self, method: "Method", option: str) -> str:
         value = getattr(method, option)
-        if value is None or self.low <= value <= self.high:
+        if value is None or (isinstance(value, int | float) and self.low <= value <= self.high):
             return ""
         room = f"from {self.low:g} to {self.high:g}" if self.high < LARGE else f"at least {self.low:g}"
         room = f"above 0 and at most {self.high:g}" if self.low == TINY else room
-        return f"={value}: expected a number {room}"
+        return f"={value!r}: expected a number {room}"
 
 
 class Needs(NamedTuple):
