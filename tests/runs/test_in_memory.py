@@ -235,7 +235,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
 
 def test_a_method_refuses_what_is_no_number() -> None:
     option: Any = "x"
-    with pytest.raises(srmu.SrmuError, match="method.kappa='x': expected a number at least 0"):
+    with pytest.raises(srmu.SrmuError, match=r"method\.kappa='x': expected a number at least 0"):
         srmu.RMU(kappa=option)
 
 
