@@ -191,6 +191,8 @@ def test_what_compare_tells_to_type_works(call: Call, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     done = call("compare", run, other)
     assert done.code == 0 and "--tier standard" in done.out, done.err
+    # GIVEN names few attacks, the hint none
+    assert "not all were attacked with the same attacks: their K* cannot be compared" in done.out
 
 
 @pytest.mark.slow(keep=2)

@@ -349,13 +349,6 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path: Path, case: st
     assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_runs_under_different_attacks_are_not_compared(tmp_path: Path) -> None:
-    plain = {"forced_choice": marked(answers(0.5)) | {"controls": {"original": marked("1" * QUESTIONS)}}}
-    runs = [attacked(tmp_path, "srmu", 0.5, 0.95), attacked(tmp_path, "rmu", 0.5, 0.95, attacks=plain)]
-    with pytest.raises(SrmuError, match="were attacked with different attacks; attack all with the same --attacks"):
-        compare_runs(runs)
-
-
 def test_what_is_missing_is_named_as_a_command(tmp_path: Path) -> None:
     """A run without results: what the other was asked; of attacks: the run without one, and how the other was."""
     done, other = attacked(tmp_path, "rmu", 0.5, 0.9), folder_of(tmp_path, "npo", [], 0, "bed0")

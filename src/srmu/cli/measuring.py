@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,9 +35,7 @@ FIRST, TOKENS = 2, 20  # rows, and first and last tokens of each, that are shown
 @verbs.command("eval", rich_help_panel=GROUP)
 def eval_command(
     target: Annotated[str, Argument(metavar="MODEL_OR_RUN", help="Folder or hub id.")],
-    tasks: Annotated[
-        str, Option(help="Tasks of lm-eval or your own, or tofu, muse, rwku, whp, wmdp (tofu/forget05): a,b.")
-    ] = "",
+    tasks: Annotated[str, Option(help="Tasks of lm-eval or your own, or tofu, muse, rwku, whp, wmdp: a,b.")] = "",
     tasks_dir: options.TasksDir = None,
     limit: Annotated[int | None, Option(help="Ask only the first N questions.")] = None,
     data: Annotated[str, Option(help="Folder with a benchmark's data; default: the hub.")] = "",
@@ -214,18 +213,19 @@ def compare_command(
     as_json: options.Json = False,
 ) -> None:
     """Compare methods at the same loss of utility, and say which differences are noise."""
-    from dataclasses import asdict
-
     from srmu.evals.compare import compare_runs, suggest_attack
+    from srmu.evals.results import read_attacks
     from srmu.report.format import drop_empty, format_comparison
 
     share, named = output.parse_share(budget), (output.split_names(metrics), output.split_names(utility_metrics))
     rows = compare_runs(runs, share, *named)
     answer = [asdict(row) for row in rows]
     lines = [f"In %, with 95 % intervals, at {share:.1%} of utility lost; runs: strengths x seeds."]
-    attacked = any(row.residual for row in rows)
-    if not attacked:
+    tried = {frozenset(attacks["attacks"]) for run in runs if (attacks := read_attacks(run))}
+    if not any(row.residual for row in rows):
         lines.append("no attack was run on all of these: accuracy alone says little")
+    elif len(tried) > 1:
+        lines.append("not all were attacked with the same attacks: their K* cannot be compared")
     folder, more = suggest_attack(runs, *named)
     lines.append(f"next: {output.quote_command('attack', output.shorten_path(folder), **more)}")
     table = drop_empty([*map(format_comparison, answer)])

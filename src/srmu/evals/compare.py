@@ -218,16 +218,9 @@ def check_attacks(runs: Sequence[Run], attacks: Mapping[Path, dict[str, Any]]) -
             words.append("other questions")
         elif ("unknown" in first) != ("unknown" in second):
             words.append("--unknown and without it")
-        if attacks_done(first) != attacks_done(second):
-            words.append("different attacks")
         if words:
             unlike = f"{one.folder} and {other.folder} were attacked with {', '.join(words)}"
-            raise SrmuError(f"{unlike}; attack all with the same --attacks, --tier, --tasks, --seed and --limit")
-
-
-def attacks_done(attacks: Mapping[str, Any]) -> set[str]:
-    """The attacks that K* is the highest of."""
-    return {name for name, one in attacks["attacks"].items() if one["status"] == "done" and one.get("right")}
+            raise SrmuError(f"{unlike}; attack all with the same --tier, --tasks, --seed and --limit")
 
 
 def from_attacks(run: Run, attacks: Mapping[str, Any], draws: statistics.Draws) -> RunNumbers:

@@ -198,7 +198,7 @@ def make_config(
         (16.0, 150)
         >>> srmu.make_config("model", "forget.jsonl", overrides=["train.max_step=20"])
         Traceback (most recent call last):
-        srmu.errors.SrmuError: train.max_step is not an option; did you mean max_steps?
+        srmu.errors.SrmuError: train.max_step is not an option; did you mean train.max_steps?
     """
     named = _method_dict(method) if isinstance(method, Method) else {"name": method}
     topics = {"topic": {"forget": forget, "retain": retain}}
