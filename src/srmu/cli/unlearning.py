@@ -67,7 +67,7 @@ def unlearn_command(
     if any(BROKEN_WORDS in sentence for sentence in record["effect"]["sentences"]):
         lines.append("next: the same with the setting that the sentence above names")
     else:
-        lines += [output.next_evaluation(run), f"      {output.quote_command('ask', folder, 'PROMPT')}"]
+        lines += [output.next_for_run(run), f"      {output.quote_command('ask', folder, 'PROMPT')}"]
         if not out:
             lines.append(f"      {output.quote_command('export', folder, 'OUT')}")
     output.print_result({"run": str(run.folder), "out": out and str(out), "record": record}, as_json, *lines)
@@ -235,7 +235,7 @@ def export_command(
     else:
         print_export(opened, out, link, last_good, as_json)
     if push:
-        print_line(f"uploaded to {hub.push_folder(out, push)}, which is private until you change that there")
+        print_line(f"uploaded to {hub.push_folder(out, push)}, private if it was made just now")
 
 
 def print_push(plan: dict[str, Any], as_json: bool) -> None:
@@ -243,8 +243,8 @@ def print_push(plan: dict[str, Any], as_json: bool) -> None:
     from srmu.engine.files import format_gb
 
     lines = [f"{size / 1e6:12,.1f} MB  {name}" for name, size in plan["files"].items()]
-    where = f"would be uploaded to {plan['repository']} on the hub, private; the model card is README.md"
-    lines.append(f"{format_gb(plan['bytes'])} {where}")
+    where = f"would be uploaded to {plan['repository']} on the hub, private unless it is there already"
+    lines.append(f"{format_gb(plan['bytes'])} {where}; README.md is the model card")
     output.print_result(plan, as_json, *lines, "next: the same without --dry-run")
 
 
