@@ -202,7 +202,7 @@ class Latent(Attack, id="E22", name="latent", tier="deep"):
         vector = torch.zeros(model.module.config.hidden_size, device=model.device, requires_grad=True)
         # AdamW's steps are as long as its rate in each number, whatever the gradient
         rate = self.rate * float(norms[0]) / len(vector) ** 0.5
-        with edit_outputs({block: lambda hidden: hidden + vector}):
+        with edit_outputs({block: partial(torch.add, vector)}):
             learn_answers(model, answers, vector, rate, self.steps, self.batch, generator)
         return vector.detach()
 
@@ -225,7 +225,7 @@ def learn_answers(
     at_once: int,
     generator: torch.Generator,
 ) -> None:
-    """Train a tensor that the model reads by now, so that it gives the answers."""
+    """Train a tensor that the caller has put into the model, so that the model gives the answers."""
 
     def loss() -> Tensor:
         picked = torch.randperm(len(answers), generator=generator)[:at_once].tolist()

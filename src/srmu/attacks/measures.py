@@ -23,14 +23,15 @@ ROWS = 16  # texts read at once
 class Membership(Attack, id="E15", name="membership", tier="standard", by_tier={"deep": {"gradients": True}}):
     """The AUC of each score, forget texts against hold-out texts: 0.5 tells nothing apart, 1 all.
 
-    `reference` is the likelihood against the oracle's; `gradnorm` that of the gradient's norm, a backward pass a text.
+    `reference` compares a text's likelihood with the oracle's. `gradnorm` takes the norm of the loss's gradient, which
+    costs a backward pass for each text.
 
     `privleak` is MUSE's (arXiv 2407.06460), (A - A_oracle) / A_oracle, as a share, with Min-K of 20 % where MUSE takes
     40. A is 1 - AUC, as its tables imply: -1 is full membership, 0 as the oracle.
     """
 
     count: int = 256  # texts of each kind
-    gradients: bool = False  # which takes copies of all weights
+    gradients: bool = False  # measure gradnorm, which copies all weights
 
     def run(self, model: Subject, texts: Texts, exam: Exam, seed: int) -> AttackResult:
         if not texts.holdout:
@@ -76,8 +77,7 @@ class Memorisation(Attack, id="E21", name="memorisation", tier="standard"):
         scores = subject.memorisation_scores(model, chosen)
         if len(scores) < LEAST:
             raise NotApplicable(f"{len(scores)} forget texts are too few: it takes {LEAST}")
-        names = ("exact memorisation", "extraction strength")
-        columns = zip(names, scores.T, strict=True)
+        columns = zip(subject.MEMORISED, scores.T, strict=True)
         return AttackResult(
             metrics={name: bootstrap_estimate(column, range(len(scores)), seed=seed) for name, column in columns}
         )

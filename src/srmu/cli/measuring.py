@@ -71,7 +71,7 @@ def eval_command(
     lines = [output.next_for_model(target)]
     if "before" in scores:
         run = output.shorten_path(Path(target))
-        following = output.next_command("report", run) if asked else output.next_evaluation(Run.open(target))
+        following = output.next_command("report", run) if asked else output.next_for_run(Run.open(target))
         wrote = [f"wrote the scores into {run}"] if output.read_stamp(results) > before else []
         said = ["± is one standard error; srmu report gives 95 % intervals", *explain_repetition(scores)]
         lines = [*said, *wrote, following]
@@ -127,7 +127,7 @@ def ask_command(
     if out:
         write_output(out, format_json(result))
     wrote, run = [f"wrote {out}"] if out else [], find_run(target)
-    following = output.next_evaluation(run) if run else output.next_for_model(target)
+    following = output.next_for_run(run) if run else output.next_for_model(target)
     output.print_result(result, as_json, *wrote, following)
 
 

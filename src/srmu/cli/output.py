@@ -60,7 +60,7 @@ def next_for_model(model: object, *more: object) -> str:
     return next_command("unlearn", "--model", model, "--forget", "F", "--retain", "R", *more)
 
 
-def next_evaluation(run: "Run") -> str:
+def next_for_run(run: "Run") -> str:
     """The command that measures a run; of one that was measured, that attacks it, and then that exports it."""
     folder, tasks = shorten_path(run.folder), run.config.eval
     if not (run.folder / "results.json").is_file():

@@ -1,7 +1,7 @@
 """A model that is examined, questions, how it answers them, and what tells that it has read a text."""
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -25,6 +25,7 @@ from srmu.evals.statistics import Array
 LENGTH = 512  # tokens of a text
 SHARE = 0.2  # of the tokens that Min-K looks at
 SCORES = ("loss", "zlib", "min-k", "min-k++")
+MEMORISED = ("exact memorisation", "extraction strength")
 LOGITS = 2**26  # numbers in a batch's logits: 256 MB in float32
 
 T = TypeVar("T")
@@ -184,13 +185,24 @@ def list_facts(questions: Sequence[Question]) -> list[str]:
     return [question.fact for question in questions]
 
 
+def cut_texts(model: Subject, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of each text, as many as are read; without texts of fewer than two."""
+    rows = (model.tokens(text)[: min(LENGTH, model.max_length)] for text in texts)
+    return [row for row in rows if len(row) > 1]
+
+
 @torch.no_grad()
-def read_predictions(model: Subject, texts: Sequence[str]) -> Iterator[tuple[int, list[int], Tensor]]:
-    """Of each text with two tokens or more, in no order: its place, its tokens, and the logits before each but the
-    first (T - 1, V), in float32."""
-    rows = [row for row in (model.tokens(text)[: min(LENGTH, model.max_length)] for text in texts) if len(row) > 1]
+def score_texts(
+    model: Subject, texts: Sequence[str], names: Sequence[str], score: Callable[[list[int], Tensor], Sequence[float]]
+) -> Array:
+    """The named scores of each text of two tokens or more: (texts, names).
+
+    `score` gets a text's tokens, and the logits before each but the first (T - 1, V), in float32.
+    """
+    rows = cut_texts(model, texts)
     size = model.module.get_input_embeddings().weight.shape[0]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    scores = np.empty((len(rows), len(names)))
     while order:
         count = max(1, LOGITS // (size * len(rows[order[0]])))
         part, order = order[:count], order[count:]
@@ -198,13 +210,14 @@ def read_predictions(model: Subject, texts: Sequence[str]) -> Iterator[tuple[int
         read = {name: batch[name] for name in ("input_ids", "attention_mask")}
         logits = model.module(**read, use_cache=False).logits
         for i, row in zip(part, logits, strict=True):
-            yield i, rows[i], row[: len(rows[i]) - 1].float()
+            scores[i] = score(rows[i], row[: len(rows[i]) - 1].float())
+    return scores
 
 
 def membership_scores(model: Subject, texts: Sequence[str]) -> Array:
     """The SCORES of each text of two tokens or more, higher for a member: (texts, 4)."""
-    scores = {}
-    for place, ids, logits in read_predictions(model, texts):
+
+    def score(ids: list[int], logits: Tensor) -> tuple[float, ...]:
         logs = logits.log_softmax(-1)  # (T - 1, V)
         logp, p = logs.gather(-1, torch.tensor(ids[1:], device=logs.device)[:, None])[:, 0], logs.exp()
         # arXiv 2404.02936, Min-K++: (log p - mu) / sigma, of log p under p itself
@@ -214,29 +227,29 @@ def membership_scores(model: Subject, texts: Sequence[str]) -> Array:
         # arXiv 2012.07805: log-likelihood by the size of the compressed text
         compressed = zlib.compress(model.tokenizer.decode(ids, skip_special_tokens=True).encode())
         mean = float(logp.mean())
-        scores[place] = mean, mean / len(compressed), mean_lowest(logp), mean_lowest(standard)
-    return np.array([scores[place] for place in sorted(scores)]).reshape(-1, len(SCORES))
+        return mean, mean / len(compressed), mean_lowest(logp), mean_lowest(standard)
+
+    return score_texts(model, texts, SCORES, score)
 
 
 def memorisation_scores(model: Subject, texts: Sequence[str]) -> Array:
-    """Exact memorisation and extraction strength of each text of two tokens or more: (texts, 2)."""
-    scores = {}
-    for place, ids, logits in read_predictions(model, texts):
+    """MEMORISED of each text of two tokens or more: (texts, 2)."""
+
+    def score(ids: list[int], logits: Tensor) -> tuple[float, ...]:
         right = (logits.argmax(-1).cpu() == torch.tensor(ids[1:])).tolist()
         # arXiv 2205.10770: the share of tokens that the model finds likeliest after the true ones before them
         exact = sum(right) / len(right)
         # as open-unlearning's: 1 - k / T, k the fewest true tokens after which it writes all of the rest
-        strength = next((i for i, hit in enumerate(reversed(right)) if not hit), len(right)) / len(right)
-        scores[place] = exact, strength
-    return np.array([scores[place] for place in sorted(scores)]).reshape(-1, 2)
+        return exact, next((i for i, hit in enumerate(reversed(right)) if not hit), len(right)) / len(right)
+
+    return score_texts(model, texts, MEMORISED, score)
 
 
 def gradient_norms(model: Subject, texts: Sequence[str]) -> Array:
     """The norm of the gradient of each text's mean loss over all weights, which is small for what was learned."""
     norms = []
-    rows = [row for row in (model.tokens(text)[: min(LENGTH, model.max_length)] for text in texts) if len(row) > 1]
     with model.editable("*") as edited:
-        for ids in rows:
+        for ids in cut_texts(model, texts):
             batch = move_batch(batch_texts([ids]), model.device)
             loss = mean_nll(edited.logits(batch), batch["labels"]).value
             grads = torch.autograd.grad(loss, [*edited.trained.values()], allow_unused=True)

@@ -10,7 +10,7 @@ from srmu.methods.importance import FLAT, describe_importance
 from srmu.report import results
 from srmu.report.attacks import Recovery
 from srmu.report.figures import GREY, Row, Series, draw_figure, label_look, make_look, mark_value
-from srmu.report.format import count_words, format_share, name_words, write_words
+from srmu.report.format import count_words, drop_empty, format_share, name_words, write_words
 from srmu.report.html import LABEL, Block, Section, Table
 from srmu.report.results import GroupRow, RunGroup
 
@@ -70,7 +70,7 @@ def tradeoff_section(
     return Section("Forgetting against utility", notes, [Block(pictures), *tables])
 
 
-def results_rows(pairs: Sequence[tuple[GroupRow, Recovery | None]], heads: Mapping[str, str]) -> list[Row]:
+def results_rows(pairs: Sequence[tuple[GroupRow, Recovery | None]], heads: Mapping[str, str]) -> Sequence[Row]:
     """The models that a setting's methods started from, then the methods, with K* or that they were not attacked."""
     befores: list[Mapping[str, Estimate]] = []
     for row, _ in pairs:
@@ -86,8 +86,7 @@ def results_rows(pairs: Sequence[tuple[GroupRow, Recovery | None]], heads: Mappi
         | {"K*\nlower is better": share, "Strongest attack": strongest, "Seeds": seeds}
         for label, name, numbers, share, strongest, seeds in models
     ]
-    empty = [key for key in lines[0] if key != LABEL and all(line[key] in ("", None) for line in lines)]
-    return [{key: line[key] for key in line if key not in empty} for line in lines]
+    return drop_empty(lines)
 
 
 # ---- training curves
