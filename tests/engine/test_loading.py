@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from helpers.models import ARCHITECTURES, GROUPED, SIZES, VOCABULARY, pico_module, save_pico, texts, word_tokenizer
@@ -548,3 +549,16 @@ def test_nothing_stands_in_for_a_layer_that_gives_indices() -> None:
     with pytest.raises(Exception):  # noqa: B017 - Llama does not know what to do with them
         model.hidden(Batch(input_ids=ids, attention_mask=torch.ones_like(ids)), Site(2))
     assert not model.activations.recent
+
+
+def test_the_head_is_not_copied_for_each_text(tmp_path: Path) -> None:
+    """torch multiplies states that are cut out of longer texts with a copy of the head each, in a batch of products."""
+
+    def count_batched(module: Any) -> int:
+        with profile(activities=[ProfilerActivity.CPU]) as seen, torch.no_grad():
+            module(torch.randint(0, 9, (3, 5)), logits_to_keep=1)
+        return sum(event.name == "aten::bmm" for event in seen.events() or ())
+
+    folder = save_pico(tmp_path)
+    plain_module = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert count_batched(load_module(folder)) == count_batched(plain_module) - 1

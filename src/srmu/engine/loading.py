@@ -104,7 +104,14 @@ def load_module(folder: Path, dtype: str = "auto", depth: int | None = None) -> 
     if missing := missing or sorted(info["missing_keys"]):
         what = f"model {folder} lacks {len(missing)} tensors, the first is {missing[0]}"
         raise SrmuError(f"{what}; transformers would fill them with random numbers")
+    if head := module.get_output_embeddings():
+        head.register_forward_pre_hook(join_rows)
     return module
+
+
+def join_rows(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The last tokens' states of several texts, side by side in memory: else torch copies the head for each text."""
+    return tuple(value.contiguous() for value in args)
 
 
 def choose_dtype(folder: Path, device: str, dtype: str = "auto") -> str:

