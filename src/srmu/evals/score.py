@@ -114,9 +114,9 @@ def score_benchmark(
     if suite.oracle and not oracle:
         # so open-unlearning names, on the hub, a model of all authors and one that never saw those to forget
         named = target.endswith("_full") and re.fullmatch(r"forget(\d+)", part)
-        model = f"{target.removesuffix('full')}retain{100 - int(named[1])}" if named else "MODEL"
+        twin = f"{target.removesuffix('full')}retain{100 - int(named[1])}" if named else "MODEL"
         raise SrmuError(
-            f"--tasks {name}: {suite.oracle} needs a model that never saw the forget set: give --oracle {model}, "
+            f"--tasks {name}: {suite.oracle} needs a model that never saw the forget set: give --oracle {twin}, "
             "or --oracle none to leave it out"
         )
     opened = open_target(target, device)
