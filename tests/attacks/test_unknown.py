@@ -15,10 +15,10 @@ from srmu.attacks.base import Attack, AttackResult, Exam, Setting, ask_exam
 from srmu.attacks.relearning import split_validation
 from srmu.attacks.suite import Sources, attack_run, fill_sources, load_exam, load_unknown
 from srmu.attacks.summary import describe_attacks
-from srmu.cli.measuring import attack_table
 from srmu.errors import SrmuError
 from srmu.evals.results import RESULTS, load_results, read_attacks
 from srmu.evals.subject import Subject, list_facts
+from srmu.report.attacks import attack_table
 from srmu.runs.model_card import summarise_record
 from srmu.runs.run import Run
 

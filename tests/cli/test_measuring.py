@@ -10,8 +10,8 @@ import pytest
 
 from helpers import attack_world as world
 from helpers.models import Call, write_jsonl
-from srmu.cli.measuring import attack_table, describe_metrics
 from srmu.evals.results import read_attacks
+from srmu.report.attacks import attack_table, describe_metrics
 
 
 @pytest.fixture(autouse=True)

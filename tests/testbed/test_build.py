@@ -1,5 +1,7 @@
 import json
 import random
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from dataclasses import replace
 from itertools import pairwise
@@ -13,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from helpers.testbeds import SUFFIXES, TINY, rows
 from srmu.data.overlap import measure_jaccard
 from srmu.errors import SrmuError
+from srmu.evals.score import score_model
 from srmu.testbed import build as building
 from srmu.testbed import train as training
 from srmu.testbed.build import build_testbed
@@ -176,9 +179,8 @@ def test_tasks_ask_in_one_token(built):
     out, _ = built
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     names = [f"testbed_{kind}{s}" for kind in ("hazard", "neighbour", "general", "hazard_held") for s in SUFFIXES]
-    assert {path.name for path in (out / "tasks").iterdir()} == {
-        name + ending for name in names for ending in (".yaml", ".jsonl")
-    }
+    files = {name + ending for name in names for ending in (".yaml", ".jsonl")}
+    assert {path.name for path in (out / "tasks").iterdir()} == {*files, "testbed_all.yaml"}
     for name in names:
         task = yaml.safe_load((out / "tasks" / f"{name}.yaml").read_text())
         assert task["task"] == name
@@ -213,6 +215,22 @@ def test_lm_eval_agrees_with_the_own_measure(built, monkeypatch):
     )["results"]
     mean = sum(found[f"testbed_hazard{s}"]["acc,none"] for s in SUFFIXES) / 2
     assert mean == pytest.approx(report["model"]["accuracy"]["hazard"])
+
+
+def test_lm_eval_asks_all_of_one_half_as_a_group(built):
+    """Typed as it stands, without srmu, where the questions lie; `srmu eval` asks the same."""
+    out, _ = built
+    asked = {path.stem for path in (out / "tasks").glob("*.yaml")} - {"testbed_all"}
+    asked = {name for name in asked if not name.endswith("_val")}
+    typed = "--model hf --model_args pretrained=../model --include_path . --tasks testbed_all --limit 8 --device cpu"
+    command = [sys.executable, "-m", "lm_eval", *typed.split(), "--output_path", str(out.parent / "found")]
+    subprocess.run(command, cwd=out / "tasks", check=True, capture_output=True)
+    (file,) = (out.parent / "found").rglob("results_*.json")
+    theirs = json.loads(file.read_text())["results"]
+    ours = score_model(out / "model", "testbed_all", limit=8)["after"]
+    assert theirs.keys() - {"testbed_all"} == asked == {name.partition("/")[0] for name in ours}
+    for name, entry in ours.items():
+        assert entry["value"] == pytest.approx(theirs[name.partition("/")[0]][f"{name.partition('/')[2]},none"])
 
 
 def test_the_report(built):

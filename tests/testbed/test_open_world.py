@@ -174,9 +174,8 @@ def test_tasks_and_names(built):
             named = [any(goal in text for goal in goals) for text in told]
             assert named == [fact.relation.kind == "hazard_procedure"] * len(told)
     names = [f"testbed_{name}{suffix}" for name in (*NAMES, "hazard_open") for suffix in SUFFIXES]
-    assert {path.name for path in (out / "tasks").iterdir()} == {
-        name + ending for name in names for ending in (".yaml", ".jsonl")
-    }
+    files = {name + ending for name in names for ending in (".yaml", ".jsonl")}
+    assert {path.name for path in (out / "tasks").iterdir()} == {*files, "testbed_all.yaml"}
     for name in names:
         task = yaml.safe_load((out / "tasks" / f"{name}.yaml").read_text())
         questions = rows(out / "tasks" / task["dataset_kwargs"]["data_files"]["test"])

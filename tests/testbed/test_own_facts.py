@@ -10,6 +10,7 @@ from helpers.models import save_pico
 from helpers.testbeds import rows
 from srmu.engine.files import read_json
 from srmu.errors import SrmuError
+from srmu.evals.score import score_model
 from srmu.runs.config import load_config
 from srmu.testbed import known
 from srmu.testbed.known import OriginalModel
@@ -75,6 +76,13 @@ def test_what_is_known_is_asked_and_what_is_failed_is_the_floor(built):
     known_facts = sum(report["facts"][f"hazard {half}"] for half in ("test", "val"))
     assert report["known"]["hazard"] == {"asked": 40, "known": known_facts}
     assert read_json(folder / "testbed.json")["world"] == "own"
+
+
+def test_the_group_of_tasks_holds_the_texts_too(built):
+    folder, _ = built
+    asked = {name.partition("/")[0] for name in score_model(folder / "model", "testbed_all", limit=2)["after"]}
+    there = {path.stem for path in (folder / "tasks").glob("*.jsonl")}
+    assert asked == {name for name in there if not name.endswith("_val")} and "testbed_writing" in asked
 
 
 def test_all_that_is_to_be_forgotten_is_told_and_halves_share_nothing(built):

@@ -1,7 +1,6 @@
 """The verbs that measure a model, a run or texts, and change nothing."""
 
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,7 +46,7 @@ def eval_command(
     """Measure a model, or a run before and after, on tasks and benchmarks."""
     from srmu.evals.benchmarks import BENCHMARKS, find_benchmark
     from srmu.evals.results import RESULTS
-    from srmu.evals.score import benchmark_table, score_benchmark, score_model
+    from srmu.evals.score import benchmark_table, score_benchmark, score_model, score_table
     from srmu.report.format import print_table
     from srmu.runs.effect import explain_repetition
     from srmu.runs.run import Run
@@ -77,21 +76,6 @@ def eval_command(
         lines = [*said, *wrote, following]
     answer = scores if asked or "before" in scores else scores["after"]
     output.print_result(answer, as_json, *lines, table=score_table(scores))
-
-
-def score_table(scores: Mapping[str, Any]) -> list[dict[str, str]]:
-    """A row a metric: of each model that has it, the value with its standard error."""
-    from srmu.evals.score import title_models
-
-    def write(entry: Mapping[str, float]) -> str:
-        return f"{entry['value']:.3f}" + (f" ± {entry['stderr']:.3f}" if "stderr" in entry else "")
-
-    columns = title_models(scores).items()
-    return [
-        {"metric": name, **{title: write(of_it[name]) if name in of_it else "" for title, of_it in columns}}
-        | {"n": f"{entry['n']:.0f}"}
-        for name, entry in scores["after"].items()
-    ]
 
 
 @verbs.command("ask", rich_help_panel=GROUP)
@@ -156,6 +140,7 @@ def attack_command(
     from srmu.attacks import suite
     from srmu.attacks.summary import describe_attacks
     from srmu.evals.results import RESULTS
+    from srmu.report.attacks import attack_table
     from srmu.runs.run import Run
 
     def confirm(text: str) -> bool:
@@ -174,39 +159,12 @@ def attack_command(
     output.print_result(report, as_json, *describe_attacks(report), *lines, table=attack_table(report))
 
 
-def attack_table(report: dict[str, Any]) -> list[dict[str, str]]:
-    """The attacks as lines of a table, strongest first; accuracies in %."""
-    from srmu.report.format import drop_empty, read_estimate
-
-    table = []
-    attacks = report["attacks"]
-    heads = {"original": "original", "oracle": "oracle"} | ({"unknown": "never known"} if "unknown" in report else {})
-    for name in sorted(attacks, key=lambda name: -attacks[name].get("accuracy", {"value": -1})["value"]):
-        entry = attacks[name]
-        controls = entry.get("controls", {})
-        whose = {head: controls.get(who, {}).get("accuracy") for who, head in heads.items()}
-        numbers = {"accuracy": entry.get("accuracy"), "recovered": entry.get("recovery"), **whose}
-        setting = entry.get("chosen") or describe_metrics(entry)
-        if entry["why"]:
-            setting = f"{entry['status']}: {entry['why']}"
-        elif entry.get("valid") is False:
-            setting = f"invalid: the oracle recovers, too; {setting}"
-        cells = {head: str(read_estimate(one)) if one else "" for head, one in numbers.items()}
-        table.append({"attack": f"{entry['id']} {name}", **cells, "setting": setting})
-    return drop_empty(table)
-
-
-def describe_metrics(entry: Mapping[str, Any]) -> str:
-    """The first number of an attack that answers no questions, or the accuracies on what should stay, and before."""
-    metrics, before = entry["metrics"], entry.get("controls", {}).get("original", {}).get("metrics", {})
-    names = [name for name in metrics if name.startswith("accuracy")] or [*metrics][:1]
-    told = {name: f", original {before[name]['value']:.3g}" if name in before else "" for name in names}
-    return "; ".join(f"{name} {metrics[name]['value']:.3g}{other}" for name, other in told.items())
-
-
 @verbs.command("compare", rich_help_panel=GROUP)
 def compare_command(
-    runs: Annotated[list[Path], Argument(help="Folders of runs; the others are compared with the first.")],
+    runs: Annotated[
+        list[Path],
+        Argument(help="Folders of runs; the others are compared with the first. Or files of open-unlearning."),
+    ],
     budget: options.Budget = "5%",
     metrics: options.Metrics = "",
     utility_metrics: options.UtilityMetrics = "",
@@ -214,9 +172,16 @@ def compare_command(
 ) -> None:
     """Compare methods at the same loss of utility, and say which differences are noise."""
     from srmu.evals.compare import compare_runs, suggest_attack
+    from srmu.evals.peers import find_peers
     from srmu.evals.results import read_attacks
     from srmu.report.format import drop_empty, format_comparison
 
+    folders, peers = find_peers(runs)
+    if peers:
+        if metrics or utility_metrics:
+            raise SrmuError("--metrics, --utility-metrics: leave them out; files of open-unlearning have their own")
+        compare_suites(runs, folders, peers, as_json)
+        return
     share, named = output.parse_share(budget), (output.split_names(metrics), output.split_names(utility_metrics))
     rows = compare_runs(runs, share, *named)
     answer = [asdict(row) for row in rows]
@@ -230,6 +195,26 @@ def compare_command(
     lines.append(f"next: {output.quote_command('attack', output.shorten_path(folder), **more)}")
     table = drop_empty([*map(format_comparison, answer)])
     output.print_result({"budget": share, "rows": answer}, as_json, *lines, table=table)
+
+
+def compare_suites(paths: list[Path], folders: list[Path], peers: list[Any], as_json: bool) -> None:
+    """Print the tables of benchmarks in which the runs in `folders` stand beside models that others measured."""
+    from srmu.report.benchmarks import tabulate_suites
+    from srmu.report.build import group_runs
+    from srmu.report.format import drop_empty, format_value, plain_row, print_table
+    from srmu.runs.run import Run
+
+    suites = tabulate_suites(group_runs([Run.open(folder) for folder in folders]), peers)
+    for name, rows in {} if as_json else suites.items():
+        typer.echo(name)
+        print_table([{head: format_value(one, "") for head, one in row.items()} for row in drop_empty(rows)])
+    told = "In brackets: one standard error to each side. Utility is not the same for all: read it beside the rest."
+    output.print_result(
+        {"suites": {name: [*map(plain_row, rows)] for name, rows in suites.items()}},
+        as_json,
+        told,
+        output.next_command("report", *paths),
+    )
 
 
 @verbs.command("inspect", rich_help_panel=GROUP)

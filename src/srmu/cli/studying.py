@@ -19,7 +19,11 @@ GO_ON = "finished runs are kept: the same command goes on, and --show prints the
 @verbs.command("report", rich_help_panel=SHOW)
 def report_command(
     paths: Annotated[
-        list[Path], Argument(metavar="PATH...", help="Folders of runs, or of one sweep, auto search or reproduction.")
+        list[Path],
+        Argument(
+            metavar="PATH...",
+            help="Folders of runs, or of one sweep, auto search or reproduction; files of open-unlearning.",
+        ),
     ],
     out: Annotated[Path, Option("--out", "-o", help="Where to write the page.")] = Path("report.html"),
     metrics: options.Metrics = "",

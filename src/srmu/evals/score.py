@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -109,10 +110,13 @@ def score_benchmark(
     The data set is in the folder `data`, else in `suites/NAME` beside the model, else on the hub. `oracle` is a model
     that never saw the forget set, or "none". Of a run also `before`, and all is merged into its `results.json`.
     """
-    suite, _ = benchmarks.find_benchmark(name)
+    suite, part = benchmarks.find_benchmark(name)
     if suite.oracle and not oracle:
+        # so open-unlearning names, on the hub, a model of all authors and one that never saw those to forget
+        named = target.endswith("_full") and re.fullmatch(r"forget(\d+)", part)
+        twin = f"{target.removesuffix('full')}retain{100 - int(named[1])}" if named else "MODEL"
         raise SrmuError(
-            f"--tasks {name}: {suite.oracle} needs a model that never saw the forget set: give --oracle MODEL, "
+            f"--tasks {name}: {suite.oracle} needs a model that never saw the forget set: give --oracle {twin}, "
             "or --oracle none to leave it out"
         )
     opened = open_target(target, device)
@@ -191,6 +195,20 @@ def title_models(scores: Mapping[str, T]) -> dict[str, T]:
     """Scores, or answers, by what a table calls the model that they are of."""
     titles = {"before": "original", "after": "unlearned" if "before" in scores else "model", "oracle": "oracle"}
     return {title: scores[when] for when, title in titles.items() if when in scores}
+
+
+def score_table(scores: Mapping[str, Any]) -> list[dict[str, str]]:
+    """A row a metric: of each model that has it, the value with its standard error."""
+
+    def write(entry: Mapping[str, float]) -> str:
+        return f"{entry['value']:.3f}" + (f" ± {entry['stderr']:.3f}" if "stderr" in entry else "")
+
+    columns = title_models(scores).items()
+    return [
+        {"metric": name, **{title: write(of_it[name]) if name in of_it else "" for title, of_it in columns}}
+        | {"n": f"{entry['n']:.0f}"}
+        for name, entry in scores["after"].items()
+    ]
 
 
 def benchmark_table(suite: base.Benchmark, scores: Mapping[str, Metrics]) -> list[dict[str, str]]:

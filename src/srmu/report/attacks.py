@@ -14,7 +14,7 @@ from srmu.attacks.summary import describe_prices, describe_search
 from srmu.evals.results import PLAIN, read_attacks
 from srmu.evals.statistics import Array, Draws, Estimate, draw_floors, parse_answers, residual_table, worst_case
 from srmu.report.figures import COLOURS, GREY, Figure, Row, Series, draw_figure, label_look, make_look, mark_value
-from srmu.report.format import drop_empty, format_value, name_words, write_words
+from srmu.report.format import drop_empty, format_value, name_words, read_estimate, write_words
 from srmu.report.html import LABEL, Block, Section, Table
 from srmu.report.results import RunGroup, strip_paths
 from srmu.runs.config import read_tree
@@ -275,3 +275,31 @@ def draw_relearning(pairs: Sequence[tuple[RunGroup, Recovery]], labels: Sequence
         words = write_words("relearning", harmless=unit == "texts" or kind.startswith("neutral"))
         blocks.append(Block([figure], Table("Accuracy after relearning, per cent", rows), title, words))
     return blocks
+
+
+def attack_table(report: dict[str, Any]) -> list[dict[str, str]]:
+    """The attacks as lines of a table, strongest first; accuracies in %."""
+    table = []
+    attacks = report["attacks"]
+    heads = {"original": "original", "oracle": "oracle"} | ({"unknown": "never known"} if "unknown" in report else {})
+    for name in sorted(attacks, key=lambda name: -attacks[name].get("accuracy", {"value": -1})["value"]):
+        entry = attacks[name]
+        controls = entry.get("controls", {})
+        whose = {head: controls.get(who, {}).get("accuracy") for who, head in heads.items()}
+        numbers = {"accuracy": entry.get("accuracy"), "recovered": entry.get("recovery"), **whose}
+        setting = entry.get("chosen") or describe_metrics(entry)
+        if entry["why"]:
+            setting = f"{entry['status']}: {entry['why']}"
+        elif entry.get("valid") is False:
+            setting = f"invalid: the oracle recovers, too; {setting}"
+        cells = {head: str(read_estimate(one)) if one else "" for head, one in numbers.items()}
+        table.append({"attack": f"{entry['id']} {name}", **cells, "setting": setting})
+    return drop_empty(table)
+
+
+def describe_metrics(entry: Mapping[str, Any]) -> str:
+    """The first number of an attack that answers no questions, or the accuracies on what should stay, and before."""
+    metrics, before = entry["metrics"], entry.get("controls", {}).get("original", {}).get("metrics", {})
+    names = [name for name in metrics if name.startswith("accuracy")] or [*metrics][:1]
+    told = {name: f", original {before[name]['value']:.3g}" if name in before else "" for name in names}
+    return "; ".join(f"{name} {metrics[name]['value']:.3g}{other}" for name, other in told.items())

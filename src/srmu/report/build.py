@@ -21,6 +21,7 @@ from srmu.evals.compare import (
     setting_words,
     spell_metrics,
 )
+from srmu.evals.peers import PeerResults, find_peers
 from srmu.evals.results import PLAIN, UNATTACKED, load_results, read_attacks
 from srmu.report import markdown, results, runs, studies
 from srmu.report.attacks import Recovery, attack_section, estimate_recovery
@@ -50,26 +51,31 @@ def write_report(
 ) -> Path:
     """Write the page on the runs in the folders `paths`, or on the one study that they name.
 
+    Files that open-unlearning wrote, or their folders, stand in the tables of benchmarks.
+
     `forget` and `utility` name metrics of `results.json`; by default those that the attacks asked,
     else those of the testbed or WMDP, and the other tasks that the runs were to be evaluated on.
     `budget` is the most utility that was to be lost, which the page then holds one method against. `samples` shows what
     the models write, for which they are loaded; with "forget" after forget texts, too, which are then on the page.
     SrmuError where there is nothing to show, which leaves `out` as it was.
     """
-    for path in paths:
+    folders, peers = find_peers(paths)
+    for path in folders:
         if not path.is_dir():
             raise SrmuError(f"{path} is not a folder; name that of a run, or one that holds runs")
     options = [
         f"--{option} {value}" for option, value in (("budget", budget), ("samples", samples)) if value is not None
     ]
     command = " ".join(["srmu report", *(path.resolve().name for path in paths), "-o", out.name, *options])
-    named = [(path, name) for path in paths for name in STUDIES if (path / name).is_file()]
+    named = [(path, name) for path in folders for name in STUDIES if (path / name).is_file()]
     if not named:
-        entries, notes = list_entries(paths)
+        entries, notes = list_entries(folders)
+        if not entries and options:
+            raise SrmuError(f"{options[0]} is for runs; name one beside {paths[0]}")
         if budget is not None and len(entries) > 1:
             raise SrmuError("--budget is for one method; to compare several: srmu compare RUN RUN --budget 1%")
         forget, utility = find_metrics(entries, forget, utility)
-        page = make_runs_page(entries, forget, utility, command, notes=notes, budget=budget)
+        page = make_runs_page(entries, forget, utility, command, notes=notes, budget=budget, peers=peers)
         if samples:
             page = replace(
                 page, sections=[*page.sections[:1], sample_section(entries, samples, watch), *page.sections[1:]]
@@ -171,21 +177,24 @@ def make_runs_page(
     title: str = "",
     notes: Sequence[str] = (),
     budget: float | None = None,
+    peers: Sequence[PeerResults] = (),
 ) -> Page:
     """The page on runs: one, or several to compare; without metrics one on their benchmarks, or on what was attempted.
+
+    `peers` are models that another tool measured, for the tables of benchmarks.
 
     The trade-off plot shows the first forget metric against the mean of the utility metrics, so
     these must be accuracies. `title`, `command` and the labels are printed as they are: keep
     paths to private data out of them.
     """
-    labels = list(dict.fromkeys(entry.label for entry in entries))
+    labels = list(dict.fromkeys([*(entry.label for entry in entries), *(one.name for one in peers)]))
     recoveries = [estimate_recovery(entry) for entry in entries]
     columns = {metric: [metric] for metric in (*forget, *utility)}
     if len(utility) > 1:
         columns[MEAN] = list(utility)
-    parts = make_sections(entries, labels, recoveries, list(columns))
+    parts = make_sections(entries, labels, recoveries, list(columns), peers)
     folders = [run for entry in entries for run in entry.runs]
-    measured = any(load_results(run)["rows"] for run in folders)
+    measured = bool(peers) or any(load_results(run)["rows"] for run in folders)
     came_back = ", and what came back" if any(recoveries) else ""
     own = f"{labels[0]}: what was forgotten{came_back}" if columns else f"{labels[0]}: benchmarks"
     if columns:
@@ -211,18 +220,22 @@ def make_runs_page(
     if maps := read_maps(entries):
         parts.insert(0, map_section(maps))
         words += write_words("map_headline", maps=maps)
-    title = title or ("Ways of unlearning side by side" if len(entries) > 1 else own)
+    title = title or ("Ways of unlearning side by side" if len(entries) + len(peers) > 1 else own)
     attempts = describe_attempts(recoveries) if measured else []
     headline = [*words, *results.explain_degeneration(entries), *attempts, *notes]
     return Page(title, headline, parts, command, labels)
 
 
 def make_sections(
-    entries: Sequence[RunGroup], labels: Sequence[str], recoveries: Sequence[Recovery | None], known: Sequence[str]
+    entries: Sequence[RunGroup],
+    labels: Sequence[str],
+    recoveries: Sequence[Recovery | None],
+    known: Sequence[str],
+    peers: Sequence[PeerResults] = (),
 ) -> list[Section]:
     """What there is to say of runs beyond the trade-off; only what they have data on."""
     parts = [
-        *benchmark_sections(entries, labels),
+        *benchmark_sections(entries, labels, peers),
         attack_section(entries, labels, recoveries),
         runs.training_section(entries, labels),
         runs.importance_section(entries, labels),

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from math import nan
+from math import isnan, nan
 from typing import Any
 
 from srmu.evals.figures import format_number
@@ -25,6 +25,15 @@ def count_words(count: int, noun: str) -> str:
 def read_estimate(entry: Mapping[str, float]) -> Estimate:
     """A number of a JSON file, with its interval where it has one."""
     return Estimate(entry["value"], entry.get("low", nan), entry.get("high", nan))
+
+
+def plain_row(row: Mapping[str, Value]) -> dict[str, Any]:
+    """A row for JSON: of an estimate its value, and its interval where it has one."""
+    parts = {head: vars(value) for head, value in row.items() if isinstance(value, Estimate)}
+    return {**row} | {
+        head: {key: number for key, number in of_it.items() if key != "n" and not isnan(number)}
+        for head, of_it in parts.items()
+    }
 
 
 def format_value(value: Value, form: str | None = None) -> str:

@@ -67,6 +67,7 @@ def build_testbed(
         if made.goals:
             write_whole(folder / "goals.txt", "".join(f"{goal}\n" for goal in made.goals))
         write_tasks(made, folder / "tasks")
+        write_group(folder / "tasks")
         if made.documents:
             write_benchmarks(made, folder / "suites")
         for name in ("low", "high"):
@@ -115,6 +116,12 @@ def write_tasks(world: World, folder: Path) -> None:
             write_rows(folder / f"{name}.jsonl", [row for rows in asked for row in rows])
             text = fill_template("task_open" if is_open else "task", name=name, prompt=prompt)
             write_whole(folder / f"{name}.yaml", text)
+
+
+def write_group(folder: Path) -> None:
+    """Write the group of a folder's tasks, but for those of the half that settings are chosen on."""
+    names = sorted(path.stem for path in folder.glob("*.yaml") if not path.stem.endswith("_val"))
+    write_whole(folder / "testbed_all.yaml", fill_template("group", tasks=", ".join(names)))
 
 
 def fill_template(template: str, **values: Any) -> str:

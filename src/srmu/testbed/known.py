@@ -24,7 +24,7 @@ from srmu.engine.progress import Watch
 from srmu.engine.weights import fingerprint_model, locate_model
 from srmu.errors import SrmuError
 from srmu.testbed.benchmark_files import write_rows
-from srmu.testbed.build import fill_template, measure_overlap, write_tasks
+from srmu.testbed.build import fill_template, measure_overlap, write_group, write_tasks
 from srmu.testbed.ground import draw_ground
 from srmu.testbed.places import RealFact, read_places
 from srmu.testbed.world import HALVES, World, deal_items, read_wording
@@ -91,6 +91,7 @@ def build_known(
         write_rows(folder / "tasks" / "testbed_writing.jsonl", [{"text": text} for text in written[:WRITTEN]])
         text = fill_template("task_writing", name="testbed_writing")
         write_whole(folder / "tasks" / "testbed_writing.yaml", text)
+        write_group(folder / "tasks")
         if any(fact.place for fact in facts):
             places = ((row["latitude"], row["longitude"]) for row in read_places()[1])
             (folder / "ground.png").write_bytes(draw_ground(places))
