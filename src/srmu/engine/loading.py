@@ -110,7 +110,7 @@ def load_module(folder: Path, dtype: str = "auto", depth: int | None = None) -> 
 
 
 def join_rows(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The last tokens' states of several texts, side by side in memory: else torch copies the head for each text."""
+    """The last tokens' states of several texts, side by side in memory: else torch copies a frozen head for each."""
     return tuple(value.contiguous() for value in args)
 
 
