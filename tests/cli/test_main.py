@@ -202,7 +202,8 @@ OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "top level": (["sede=3"], ["sede is not an option", "did you mean seed?"]),
     "without its group": (["kappa=16"], ["kappa is not an option; did you mean method.kappa?"]),
     "short": (["train.lr=1"], ["train.lr is not an option; did you mean train.learning_rate?"]),
-    "as an option": (["--max-steps", "20"], ["No such option: --max-steps", "have no dashes: train.max_steps=VALUE"]),
+    "as an option": (["--max-steps", "20"], ["No such option: --max-steps", "have no dashes: train.max_steps=20"]),
+    "short elsewhere": (["steps=20"], ["steps is not an option; did you mean train.max_steps?"]),
     "with spaces": (["method.kappa", "=", "16"], ["expected key=value without spaces"]),
     "flag": (["--methd", "srmu"], ["--methd", "--method"]),
     "layer word": (["method.layer=seven"], ["method.layer=seven", "valid integer"]),
@@ -278,6 +279,7 @@ VERBS: dict[str, tuple[list[str], list[str]]] = {
         ["method srmu needs retain texts", "(--retain)"],
     ),
     "both forms": (["unlearn", "c.yaml", "--model", "m"], ["srmu unlearn c.yaml method.name=rmu"]),
+    "as an option": (["unlearn", "--steps", "20"], ["options of a config have no dashes: train.max_steps=20"]),
     "missing config": (["unlearn", "c.yaml"], ["c.yaml: no such file"]),
     "folder config": (["unlearn", "model"], ["model is a folder", "--model model --forget F"]),
     "eval nothing": (["eval"], ["Missing argument"]),
@@ -292,6 +294,29 @@ VERBS: dict[str, tuple[list[str], list[str]]] = {
     "export nothing": (["export", "nowhere", "out"], ["nowhere is not a finished run"]),
     "export to nowhere": (["export", "nowhere"], ["Missing argument"]),
 }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["unlearn", "own/hihg.yaml"], "own/high.yaml"),
+        (["unlearn", "onw/high.yaml"], "own"),
+        (["sweep", "own/hihg.yaml"], "own/high.yaml"),
+        (["export", "runs/srmu-1", "out"], "runs/srmu-12"),
+        (["compare", "runs/srmu-1"], "runs/srmu-12"),
+        (["attack", "runs/srmu-1"], "runs/srmu-12"),
+        (["verify", "runs/srmu-1"], "runs/srmu-12"),
+        (["report", "runs/srmu-1"], "runs/srmu-12"),
+        (["eval", "./runs/srmu-1", "--tasks", "a"], "runs/srmu-12"),
+        (["unlearn", *sources(forget="forgte.jsonl")], "forget.jsonl"),
+        (["unlearn", *sources(model="./modle")], "model"),
+    ],
+)
+def test_a_mistyped_path_is_told_what_lies_beside_it(arguments: list[str], meant: str, call: Call) -> None:
+    Path("own").mkdir()
+    Path("own/high.yaml").write_text("model: m\n")
+    Path("runs/srmu-12").mkdir(parents=True)
+    refused(call, arguments, "did you mean ", f"{meant}?")
 
 
 @pytest.mark.parametrize("case", VERBS)

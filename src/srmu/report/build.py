@@ -10,7 +10,7 @@ from typing import Any
 from srmu.attacks import ATTACKS
 from srmu.engine.files import read_json
 from srmu.engine.progress import Watch, ignore_progress
-from srmu.errors import SrmuError
+from srmu.errors import SrmuError, suggest_path
 from srmu.evals.compare import (
     choose_metrics,
     leave_out_repetition,
@@ -58,7 +58,9 @@ def write_report(
     """
     for path in paths:
         if not path.is_dir():
-            raise SrmuError(f"{path} is not a folder; name that of a run, or one that holds runs")
+            raise SrmuError(
+                f"{path} is not a folder{suggest_path(path) or '; name that of a run, or one that holds runs'}"
+            )
     options = [
         f"--{option} {value}" for option, value in (("budget", budget), ("samples", samples)) if value is not None
     ]

@@ -22,7 +22,7 @@ from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.topic import Topic
 from srmu.engine.train import Log
-from srmu.errors import DivergedError, SrmuError
+from srmu.errors import DivergedError, SrmuError, suggest_path
 from srmu.runs import record as audit
 from srmu.runs.config import Config, load_config
 from srmu.runs.model_card import render_template, write_model_card
@@ -54,7 +54,7 @@ class Run:
         folder = folder.folder if isinstance(folder, Run) else Path(folder)
         if not (folder / RECORD).is_file():
             config = folder / CONFIG
-            hint = f"; srmu unlearn {config} makes it" if config.is_file() else ""
+            hint = f"; srmu unlearn {config} makes it" if config.is_file() else suggest_path(folder)
             if runs := sorted(folder.glob(f"*/{RECORD}")):
                 hint = f"; name one of the runs in it, such as {runs[0].parent}"
             elif folder.is_file():
