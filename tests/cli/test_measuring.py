@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from helpers import attack_world as world
 from helpers.models import Call, write_jsonl
+from helpers.report_world import write_attacks, write_run
 from srmu.cli.measuring import attack_table, describe_metrics
 from srmu.evals.results import read_attacks
 
@@ -176,6 +178,27 @@ def test_attack_and_compare(call: Call, tmp_path: Path) -> None:
     assert "graddiff" in done.out and "2 x 1" in done.out
     rows = json.loads(call("compare", run, other, "--json").out)["rows"]
     assert rows[0]["method"] == "graddiff" and rows[0]["residual"]["n"] == 40
+
+
+def test_compare_reads_attacks_once_and_leaves_out_copies(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [write_run(tmp_path / f"run{seed}", "RMU", "", seed, (34, 48, 100)) for seed in (0, 1)]
+    for seed, run in enumerate(runs):
+        write_attacks(run, 0.5, seed)
+    shutil.copytree(runs[0], tmp_path / "copy")
+    seen: list[str] = []
+
+    def read(folder: Path) -> dict[str, Any]:
+        seen.append(folder.name)
+        return read_attacks(folder)
+
+    for place in ("evals.compare", "evals.results"):
+        monkeypatch.setattr(f"srmu.{place}.read_attacks", read)
+    done = call("compare", "run0", "run1", "copy")
+    assert done.code == 0, done.err
+    assert seen == ["run0", "run1"] and "1 x 2" in done.out
+    assert "1 run left out as a copy of another: settings, seed, model and texts are the same" in done.out
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -615,6 +616,15 @@ def test_a_run_that_nothing_measured_was_attempted(tmp_path):
     assert "suppress" not in page.text.lower()
     both = Page(write_report([measured, other], tmp_path / "both.html").read_text(encoding="utf-8"))
     assert "attempted" not in both.text and "1 run without results left out" in both.text
+
+
+def test_copies_of_a_run_are_no_seeds(tmp_path):
+    run, other = seeds_of(tmp_path, count=2)
+    shutil.copytree(run, tmp_path / "copy")
+    page = Page(write_report([run, tmp_path / "copy"], tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert "1 run left out as a copy of another" in page.text and "in one run" in page.text
+    page = Page(write_report([run, other], tmp_path / "two.html").read_text(encoding="utf-8"))
+    assert "copy of another" not in page.text and "over 2 seeds" in page.text
 
 
 def test_unclear_metrics_are_asked_for(tmp_path):

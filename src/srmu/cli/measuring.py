@@ -213,23 +213,23 @@ def compare_command(
     as_json: options.Json = False,
 ) -> None:
     """Compare methods at the same loss of utility, and say which differences are noise."""
-    from srmu.evals.compare import compare_runs, suggest_attack
-    from srmu.evals.results import read_attacks
-    from srmu.report.format import drop_empty, format_comparison
+    from srmu.evals.compare import compare_reports, read_reports, suggest_attack
+    from srmu.report.format import describe_copies, drop_empty, format_comparison
 
     share, named = output.parse_share(budget), (output.split_names(metrics), output.split_names(utility_metrics))
-    rows = compare_runs(runs, share, *named)
-    answer = [asdict(row) for row in rows]
+    read = read_reports(runs)
+    rows = compare_reports(read, share, *named)
     lines = [f"In %, with 95 % intervals, at {share:.1%} of utility lost; runs: strengths x seeds."]
-    tried = {frozenset(attacks["attacks"]) for run in runs if (attacks := read_attacks(run))}
+    lines += describe_copies(len(runs) - len(read))
+    tried = {frozenset(attacks["attacks"]) for _, attacks in read if attacks}
     if not any(row.residual for row in rows):
         lines.append("no attack was run on all of these: accuracy alone says little")
     elif len(tried) > 1:
         lines.append("not all were attacked with the same attacks: their K* cannot be compared")
-    folder, more = suggest_attack(runs, *named)
+    folder, more = suggest_attack(read, *named)
     lines.append(f"next: {output.quote_command('attack', output.shorten_path(folder), **more)}")
-    table = drop_empty([*map(format_comparison, answer)])
-    output.print_result({"budget": share, "rows": answer}, as_json, *lines, table=table)
+    answer = {"budget": share, "rows": [asdict(row) for row in rows]}
+    output.print_result(answer, as_json, *lines, table=drop_empty([*map(format_comparison, answer["rows"])]))
 
 
 @verbs.command("inspect", rich_help_panel=GROUP)
