@@ -589,6 +589,14 @@ def test_eval(call: Call, workplace: Path, builtin: None) -> None:
     assert f"next: srmu attack {run} --tasks TASK --val split" in shown
 
 
+def test_a_broken_model_is_told_by_the_records_flag(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the words of a sentence."""
+    monkeypatch.setattr("srmu.runs.effect.judge_numbers", lambda *given: "nothing good")
+    answer = call("unlearn", *sources(), "method.layer=2", "train.max_steps=4", "train.learning_rate=3")
+    assert "next: the same with the setting that the sentence above names" in answer.out, answer
+    assert "srmu eval" in call("unlearn", *sources(), *QUICK).out
+
+
 @pytest.mark.slow
 def test_the_cache_is_listed_and_cleared(call: Call, workplace: Path) -> None:
     kept = workplace / "cache" / "activations"

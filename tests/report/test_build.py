@@ -211,7 +211,9 @@ def test_it_claims_no_more_than_suppression(page):
 
 
 def test_it_says_whether_the_map_selects(page):
-    assert "low entanglement Nearly flat" in page.text  # 0.88 with a standard deviation of 0.04
+    assert (
+        "low entanglement Nearly flat (sd under 0.1): it hardly tells features apart." in page.text
+    )  # 0.88 with a standard deviation of 0.04
     assert "high entanglement Not flat" in page.text
 
 

@@ -36,7 +36,6 @@ def unlearn_command(
 ) -> None:
     """Make a model unlearn texts: one run, from a config file or from --model, --forget and --retain."""
     from srmu.runs import run as runs
-    from srmu.runs.effect import BROKEN_WORDS
     from srmu.runs.plan import FETCH
 
     config = choose_config(args or [], model, forget or [], retain or [], method)
@@ -64,7 +63,7 @@ def unlearn_command(
         lines.append(f"wrote {out}")
     if not again and record["activations"]["kept"] == "disk":
         lines.append("activations are kept for later runs; see srmu info cache")
-    if any(BROKEN_WORDS in sentence for sentence in record["effect"]["sentences"]):
+    if record["effect"].get("broken"):
         lines.append("next: the same with the setting that the sentence above names")
     else:
         lines += [output.next_for_run(run), f"      {output.quote_command('ask', folder, 'PROMPT')}"]

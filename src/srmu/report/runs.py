@@ -6,7 +6,7 @@ import pandas as pd
 import torch
 
 from srmu.evals.statistics import Estimate
-from srmu.methods.importance import FLAT, describe_importance
+from srmu.methods.importance import FLAT, FLAT_WORDS, describe_importance
 from srmu.report import results
 from srmu.report.attacks import Recovery
 from srmu.report.figures import GREY, Row, Series, draw_figure, label_look, make_look, mark_value
@@ -148,7 +148,7 @@ def draw_map(
     lines = [{"Dimension": mark["dimension"], "Importance": f"{mark['importance']:.3f}"} for mark in marks[:LARGEST]]
     caption = "Importance by dimension" if len(sizes) <= LARGEST else f"The largest {LARGEST}"
     stand_out = [*sizes[sizes > facts["mean"] + STANDS_OUT * facts["sd"]].index]
-    words = write_words("map", facts=facts, flat=facts["sd"] < FLAT, stand_out=stand_out)
+    words = write_words("map", facts=facts, flat=FLAT_WORDS if facts["sd"] < FLAT else "", stand_out=stand_out)
     title = " \N{MIDDLE DOT} ".join(filter(None, [", ".join(owners), group, f"topic {topic}" * several]))
     return Block([figure], Table(caption, lines), title, words, owners)
 
