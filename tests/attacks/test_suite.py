@@ -18,13 +18,14 @@ from helpers.models import write_jsonl
 from srmu.attacks import ATTACKS, suite
 from srmu.attacks.base import Attack, AttackResult, Exam, Setting, ask_exam, choose_setting
 from srmu.attacks.suite import Sources, attack_run, load_exam, select_attacks
-from srmu.attacks.summary import describe_attacks, describe_prices, describe_search, measure_recovery
+from srmu.attacks.summary import describe_attacks, measure_recovery
 from srmu.cli.measuring import attack_table
 from srmu.errors import SrmuError
 from srmu.evals.results import RESULTS, load_results, read_attacks
 from srmu.evals.score import score_model
 from srmu.evals.subject import NotApplicable, Subject, mark_answers, option_scores
 from srmu.runs.model_card import summarise_record
+from srmu.runs.prices import describe_prices, describe_search
 from srmu.runs.run import Run, unlearn_config
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from srmu.attacks.summary import describe_prices, describe_search
 from srmu.evals.results import PLAIN, read_attacks
 from srmu.evals.statistics import Array, Draws, Estimate, draw_floors, parse_answers, residual_table, worst_case
 from srmu.report.figures import COLOURS, GREY, Figure, Row, Series, draw_figure, label_look, make_look, mark_value
@@ -18,6 +17,7 @@ from srmu.report.format import drop_empty, format_value, name_words, write_words
 from srmu.report.html import LABEL, Block, Section, Table
 from srmu.report.results import RunGroup, strip_paths
 from srmu.runs.config import read_tree
+from srmu.runs.prices import describe_prices, describe_search
 from srmu.runs.record import CONFIG
 
 ACCURACY = "accuracy on the knowledge to forget"
