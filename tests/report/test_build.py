@@ -36,6 +36,7 @@ from srmu.report.attacks import attack_section, estimate_recovery
 from srmu.report.benchmarks import benchmark_section
 from srmu.report.build import MEAN, make_runs_page, write_report
 from srmu.report.results import RunGroup, aggregate_columns, strip_paths
+from srmu.report.runs import record_section
 
 
 class Page(HTMLParser):
@@ -243,6 +244,20 @@ def test_each_original_model_is_shown_once(page, tmp_path):
     text = Page(page_text(entries, tmp_path / "r.html")).text
     assert text.count("Before: original model") == 2  # they started from different ones
     assert "97.0 " in text
+
+
+def test_settings_that_are_as_by_default_are_folded(tmp_path):
+    """Of one run, too: what was chosen is what one looks for."""
+    (run,) = entry = one_run(tmp_path / "run").runs
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["method"] |= {"window": 3, "importance": "ratio"}
+    config["train"] |= {"shuffle": True, "check_every": 5, "max_grad_norm": 1.0}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    own, usual = (block.table for block in record_section([RunGroup("SRMU", "", entry)]).blocks)
+    assert not own.fold and usual.fold == "4 settings of SRMU as by default"
+    facts = {row["Fact"].replace(" \N{MIDDLE DOT} ", "."): row["Value"] for row in own.rows}
+    assert facts["train.max grad norm"] == "1" and facts["method.name"] == "srmu" and "seed" in facts
+    assert [row["Fact"].split(" ")[-1] for row in usual.rows] == ["importance", "window", "every", "shuffle"]
 
 
 def test_settings_show_options_but_no_paths(tmp_path):

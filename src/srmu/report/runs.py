@@ -173,18 +173,22 @@ def other_section(entries: Sequence[RunGroup], known: Sequence[str]) -> Section:
 
 
 def record_section(entries: Sequence[RunGroup]) -> Section:
-    """The settings and the record of each entry's runs; where runs differ, the value of each."""
+    """The settings and the record of each entry's runs; where runs differ, the value of each; defaults are folded."""
     blocks = []
     for entry in entries:
-        facts: dict[str, list[str]] = {}
+        facts: dict[str, dict[str, None]] = {}
         for name, value in (pair for folder in entry.runs for pair in results.list_run_facts(folder).items()):
             if value is not None:
-                facts.setdefault(name_words(name), []).append(results.format_fact(value))
-        rows = [
-            {"Fact": name.replace(".", " \N{MIDDLE DOT} "), "Value": "; ".join(dict.fromkeys(values))}
-            for name, values in facts.items()
-        ]
-        name = f"{entry.name} \N{MIDDLE DOT} {count_words(len(entry.runs), 'run')}"
-        fold = name if len(entries) > 1 else ""
-        blocks.append(Block(table=Table(f"Settings of {name}", rows, words=True, fold=fold, label=entry.label)))
+                facts.setdefault(name, {})[results.format_fact(value)] = None
+        defaults = results.list_defaults(entry.runs[0])
+        parts: dict[bool, list[Row]] = {False: [], True: []}  # by whether it is a default
+        for name, values in facts.items():
+            row = {"Fact": name_words(name).replace(".", " \N{MIDDLE DOT} "), "Value": "; ".join(values)}
+            parts[[*values] == [defaults.get(name)]].append(row)
+        whose = f"{entry.name} \N{MIDDLE DOT} {count_words(len(entry.runs), 'run')}"
+        fold = whose if len(entries) > 1 else ""
+        usual = f"{count_words(len(parts[True]), 'setting')} of {entry.name} as by default"
+        for title, line, rows in ((f"Settings of {whose}", fold, parts[False]), (usual, usual, parts[True])):
+            if rows:
+                blocks.append(Block(table=Table(title, rows, words=True, fold=line, label=entry.label)))
     return Section("Settings and record", [], blocks)
