@@ -101,7 +101,7 @@ def ask_command(
         list[str], Argument(metavar="PROMPT", help="Words for the model to continue, each prompt in quotes.")
     ],
     chat: Annotated[bool, Option("--chat", help="Ask as a user would, through the model's chat template.")] = False,
-    tokens: Annotated[int, Option(min=1, help="The most tokens to write.")] = 48,
+    tokens: Annotated[int, Option(min=1, metavar="N", help="The most tokens to write.")] = 48,
     device: options.Device = "auto",
     out: Annotated[
         Path | None, Option(help="Write prompts and answers to this JSON file; otherwise nothing is written.")
@@ -145,8 +145,8 @@ def attack_command(
     oracle: options.Oracle = "",
     unknown: Annotated[str, Option(help="Without an oracle: tasks on facts that the model never knew, a,b.")] = "",
     limit: Annotated[int, Option(help="The most questions of each task and half.")] = 400,
-    trials: Annotated[int | None, Option(min=1, help="tuned_relearning: how many trainings to try.")] = None,
-    steps: Annotated[int | None, Option(min=1, help="tuned_relearning: the most steps of each training.")] = None,
+    trials: Annotated[int | None, Option(min=1, metavar="N", help="tuned_relearning: trainings to try.")] = None,
+    steps: Annotated[int | None, Option(min=1, metavar="N", help="tuned_relearning: most steps of each.")] = None,
     seed: int = 0,
     device: options.Device = "auto",
     yes: Annotated[bool, Option("--yes", help="Start attacks that take hours without asking.")] = False,

@@ -118,7 +118,7 @@ def auto_command(
     robust: Annotated[bool, Option("--robust", help="Use rename_scrub, which resists relearning.")] = False,
     names: Annotated[str, Option(help="robust: file with the names to swap, one a line.")] = "",
     goals: Annotated[str, Option(help="robust: file with phrases; all about them is to be forgotten.")] = "",
-    trials: Annotated[int, Option(min=1, help="How many strengths to try; robust: up to 3.")] = 12,
+    trials: Annotated[int, Option(min=1, metavar="N", help="How many strengths to try; robust: up to 3.")] = 12,
     out: Annotated[Path, Option(help="Folder for everything that is written.")] = Path("auto"),
     seed: int = 0,
     device: options.Device = "auto",
