@@ -349,7 +349,7 @@ def test_halves(place: Path) -> None:
     both = exam(tasks=("hazard", "hazard_val"), val="split")
     assert not {q.fact for q in both.val} & {q.fact for q in both.test}
     assert len(both.val) == len(both.test) == 40
-    with pytest.raises(SrmuError, match="--tasks ask for 10 facts, too few for an interval: 20"):
+    with pytest.raises(SrmuError, match="tasks ask for 10 facts, too few for an interval: 20"):
         exam(val="split")
     assert len(exam(val="hazard_val", limit=39).test) == 39
     with pytest.raises(SrmuError, match="20 facts are asked for in both halves"):
@@ -363,7 +363,7 @@ def test_bad_input(run: Run, place: Path) -> None:
     for given, message in (
         ({"names": ["logit_lense"]}, "attack 'logit_lense' does not exist; did you mean logit_lens"),
         ({"tier": "smok"}, "tier 'smok' does not exist; choose one of smoke, standard, deep"),
-        ({"sources": sources(place, tasks=())}, "--tasks: name the lm-eval tasks"),
+        ({"sources": sources(place, tasks=())}, "tasks: name those of lm-eval"),
         ({"sources": sources(place, tasks=("harmless",))}, "no validation half"),
         ({"sources": sources(place, neutral=str(place / "no.jsonl"))}, "no such file"),
         ({"sources": sources(place, oracle=str(place / "tasks"))}, "config.json"),
@@ -372,7 +372,7 @@ def test_bad_input(run: Run, place: Path) -> None:
             attack_run(run, **{"sources": sources(place)} | given)  # type: ignore[arg-type]
     assert not (run.folder / RESULTS).exists()
     few = sources(place, limit=8)
-    with pytest.raises(SrmuError, match=r"ask for [4-8] facts under --limit 8, too few"):
+    with pytest.raises(SrmuError, match=r"ask for [4-8] facts under limit 8, too few"):
         attack_run(run, sources=few)
 
 
@@ -445,9 +445,7 @@ def test_the_tuned_attacker_has_a_price(run: Run, place: Path) -> None:
 
 
 def test_a_search_goes_with_the_tuned_attacker() -> None:
-    with pytest.raises(
-        SrmuError, match="--trials and --steps: options of tuned_relearning; add --attacks tuned_relearning"
-    ):
+    with pytest.raises(SrmuError, match="trials and steps: options of tuned_relearning; name that attack"):
         select_attacks("smoke", [], {"trials": 3, "steps": 5})
     assert select_attacks("smoke", ["E20"], {"trials": 3})["tuned_relearning"].trials == 3
 

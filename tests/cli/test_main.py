@@ -276,7 +276,7 @@ VERBS: dict[str, tuple[list[str], list[str]]] = {
     "nothing": (["unlearn"], ["name a config file, or --model M --forget F [--retain R]"]),
     "no retain": (
         ["unlearn", "--model", "model", "--forget", "forget.jsonl"],
-        ["method srmu needs retain texts", "(--retain)"],
+        ["method srmu needs retain texts", "name them: retain, or topics.topic.retain in a config"],
     ),
     "both forms": (["unlearn", "c.yaml", "--model", "m"], ["srmu unlearn c.yaml method.name=rmu"]),
     "as an option": (["unlearn", "--steps", "20"], ["options of a config have no dashes: train.max_steps=20"]),
@@ -285,7 +285,7 @@ VERBS: dict[str, tuple[list[str], list[str]]] = {
     "eval nothing": (["eval"], ["Missing argument"]),
     "attack without a trial": (["attack", "x", "--trials", "0"], ["--trials", "greater than or equal to 1"]),
     "no sweep": (["sweep"], ["srmu sweep configs/sweep-grid.yaml"]),
-    "no tasks": (["eval", "model"], ["no task named; give --tasks a,b"]),
+    "no tasks": (["eval", "model"], ["no task is named: give tasks, such as a,b"]),
     "no model": (["eval", "nowhere", "--tasks", "a"], ["nowhere: no such folder"]),
     "no model in it": (["eval", ".", "--tasks", "a"], ["has no config.json"]),
     "limit": (["eval", "model", "--tasks", "a", "--limit", "x"], ["--limit", "integer"]),
@@ -352,7 +352,7 @@ CONFIGS: dict[str, tuple[str, list[str]]] = {
     "no topics": ("model: model\nmethod: srmu\ntopics: {}\n", ["topics: name at least one"]),
     "no retain": (
         "model: model\nmethod: srmu\ntopics: {bio: {forget: forget.jsonl}}\n",
-        ["method srmu needs retain texts", "topics.bio.retain (--retain)"],
+        ["method srmu needs retain texts", "retain, or topics.bio.retain in a config"],
     ),
     "method list": ("model: model\nmethod: [srmu]\ntopics: {}\n", ["method: expected a mapping"]),
     "topic key": (

@@ -323,7 +323,7 @@ def test_k_star_is_above_what_was_never_known(tmp_path: Path) -> None:
     assert first is not None and second is not None
     assert first.value == pytest.approx((0.6 - 0.25) / 0.75)  # 0.05 above 0.85 is a third
     assert second.value == pytest.approx((0.9 - 0.25) / 0.75)
-    with pytest.raises(SrmuError, match="--unknown and without it"):
+    with pytest.raises(SrmuError, match="unknown facts and without them"):
         compare_runs([found, attacked(tmp_path, "graddiff", 0.6, 0.9, bed="bed1")])
     with pytest.raises(SrmuError, match="with other questions"):
         compare_runs([found, attacked(tmp_path, "ssd", 0.6, 0.9)])
@@ -359,7 +359,7 @@ CANNOT: dict[str, tuple[Any, str]] = {
     "other texts": (lambda one, make: compare_runs([one, on_other_texts(one)]), "one config on different texts"),
     "utility": (
         lambda one, make: keep_rows(one, lambda row: row["attack"] != "utility") or compare_runs([one]),
-        "attacked without --utility tasks",
+        "attacked without utility tasks",
     ),
     "damaged": (
         lambda one, make: (one / "results.json").write_text("{") and compare_runs([one]),
@@ -423,7 +423,7 @@ def test_evaluated_runs_are_compared_on_what_both_measured(tmp_path: Path) -> No
     assert compare_runs(runs) == compare_runs(runs, 0.05, *named)
     for run in runs:
         keep_rows(run, lambda row: row["task"] == "testbed_general")
-    with pytest.raises(SrmuError, match=r"--metrics, --utility-metrics: .*; there are testbed_general/acc$"):
+    with pytest.raises(SrmuError, match=r"--metrics\) and .*--utility-metrics\); there are testbed_general/acc$"):
         compare_runs(runs)
 
 

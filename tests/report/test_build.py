@@ -648,7 +648,7 @@ def test_unclear_metrics_are_asked_for(tmp_path):
     (run,) = seeds_of(tmp_path, count=1)
     keep_rows(run, lambda row: False)
     write_metrics(run, after={"mine/acc": {"value": 0.5, "n": 100}})
-    with pytest.raises(SrmuError, match="--metrics, --utility-metrics: name the metrics that should fall"):
+    with pytest.raises(SrmuError, match=r"name the metrics that should fall \(forget, --metrics\)"):
         write_report([run], tmp_path / "r.html")
     with pytest.raises(SrmuError, match="no run has the result typo/acc; there are mine/acc"):
         write_report([run], tmp_path / "r.html", forget=["typo/acc"])

@@ -41,7 +41,7 @@ def summarise_attacks(
     attacks = {name: judge_attack(one, found[name], plain, facts, chance, seed) for name, one in chosen.items()}
     if unknown:
         if (own := estimate_accuracy(plain["unknown"], never, seed=seed)).low > chance:
-            raise SrmuError(f"--unknown: the original answers {own.value:.1%} of these, which is more than guessing")
+            raise SrmuError(f"unknown: the original answers {own.value:.1%} of these, which is more than guessing")
         for name, entry in attacks.items():
             if "unknown" in found[name] and not entry["why"]:
                 control = describe_result(chosen[name], found[name]["unknown"], never, seed, entry.get("chosen"))

@@ -94,9 +94,7 @@ class TunedRelearning(Attack, id="E20", name=TUNED, tier="deep"):
             ways = [plain, *self.train(model, rows, exam, seed, exam.only)]
             return AttackResult([way for way in ways if way.setting == exam.only], budget=budget)
         if not exam.utility:
-            raise NotApplicable(
-                "utility tasks bound what the attacker may lose, and there are none: name some with --utility"
-            )
+            raise NotApplicable("utility tasks bound what the attacker may lose, and there are none: name some")
         try:
             with model.as_original():
                 before = weigh_exam(model, exam, "")

@@ -218,8 +218,8 @@ def choose_metrics(known: Sequence[str], forget: Sequence[str], utility: Sequenc
     if not (forget and utility):
         there = ", ".join(leave_out_repetition(known))
         raise SrmuError(
-            "--metrics, --utility-metrics: name the metrics that should fall and those that should stay, a,b; "
-            f"there are {there or 'none that all runs have'}"
+            "name the metrics that should fall (forget, --metrics) and those that should stay (utility, "
+            f"--utility-metrics); there are {there or 'none that all runs have'}"
         )
     return tuple(forget), tuple(utility)
 
@@ -238,16 +238,16 @@ def check_attacks(runs: Sequence[Run], attacks: Mapping[Path, dict[str, Any]]) -
         if one.config.model == other.config.model and any(first.get(key) != second.get(key) for key in deciding):
             words.append("other questions")
         elif ("unknown" in first) != ("unknown" in second):
-            words.append("--unknown and without it")
+            words.append("unknown facts and without them")
         if words:
             unlike = f"{one.folder} and {other.folder} were attacked with {', '.join(words)}"
-            raise SrmuError(f"{unlike}; attack all with the same --tier, --tasks, --seed and --limit")
+            raise SrmuError(f"{unlike}; attack all with the same tier, tasks, seed and limit")
 
 
 def from_attacks(run: Run, attacks: Mapping[str, Any], draws: statistics.Draws) -> RunNumbers:
     """A run's numbers from its answers question by question."""
     if not attacks["utility"]:
-        raise SrmuError(f"{run.folder} was attacked without --utility tasks: attack it with them")
+        raise SrmuError(f"{run.folder} was attacked without utility tasks: attack it with them")
     model, parse = run.config.model, statistics.parse_answers
     table = np.column_stack([statistics.residual_table(attacks), parse(attacks["attacks"][PLAIN]["right"])])
     right = draws.means(table, [(model, "forget", fact) for fact in attacks["facts"]])

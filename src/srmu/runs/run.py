@@ -127,7 +127,7 @@ class Run:
             raise SrmuError(reason)
         if self.record["diverged"] and not last_good:
             raise SrmuError(
-                f"{self.folder} diverged: {self.record['stop_reason']}; --last-good exports the weights before that"
+                f"{self.folder} diverged: {self.record['stop_reason']}; last_good exports the weights before that"
             )
 
     def require_same(self, folder: Path) -> None:
