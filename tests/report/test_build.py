@@ -246,6 +246,17 @@ def test_each_original_model_is_shown_once(page, tmp_path):
     assert "97.0 " in text
 
 
+def test_what_was_not_asked_after_relearning_is_left_out(tmp_path):
+    """The controls have no accuracy before relearning: no number stands there, and no nan."""
+    (run,) = seeds_of(tmp_path, count=1)
+    write_attacks(run, 0.7)
+    results = json.loads((run / "results.json").read_text())
+    original = results["attacks"]["attacks"]["benign_relearning"]["controls"]["original"]
+    original["settings"] = {"LoRA, n=50": {"test": 1.0, "val": 1.0}}
+    (run / "results.json").write_text(json.dumps(results))
+    assert "nan" not in Page(write_report([run], tmp_path / "r.html").read_text(encoding="utf-8")).text.split()
+
+
 def test_settings_that_are_as_by_default_are_folded(tmp_path):
     """Of one run, too: what was chosen is what one looks for."""
     (run,) = entry = one_run(tmp_path / "run").runs

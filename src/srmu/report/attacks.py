@@ -267,7 +267,8 @@ def draw_relearning(pairs: Sequence[tuple[RunGroup, Recovery]], labels: Sequence
                 look, label = make_look(**CONTROLS[who], mode="lines+markers", size=7), ""
             marks = [{unit: str(count), "accuracy": value} for count, value in curve.dropna().items()]
             series.append(Series(name, marks, look, label if len(labels) > 1 else ""))
-            cells = {f"{n}\n{unit if n else 'before'}": format_value(value, "%") for n, value in curve.items()}
+            known = {n: format_value(value, "%") for n, value in curve.dropna().items()}
+            cells = {f"{n}\n{unit if n else 'before'}": known.get(n) for n in values}
             rows.append({LABEL: label, "Method": name, **cells})
         x_axis = {"title": f"{unit} learned again", "categoryarray": [*map(str, values)]}
         figure = draw_figure("", series, unit, "accuracy", x_axis=x_axis, y_axis=PERCENT, subject=title)

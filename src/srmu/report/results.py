@@ -161,7 +161,7 @@ def explain_degeneration(entries: Sequence[RunGroup]) -> list[str]:
 def format_fact(value: Any) -> str:
     """A setting as text; of a path only the last part, as folders may tell whose data it is."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {format_fact(item)}" for key, item in value.items())
+        return ", ".join(f"{key}: {text}" for key, item in value.items() if (text := format_fact(item)))
     if isinstance(value, list | tuple):
         return ", ".join(map(format_fact, value))
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
