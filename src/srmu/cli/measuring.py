@@ -228,7 +228,7 @@ def compare_command(
         lines.append("not all were attacked with the same attacks: their K* cannot be compared")
     folder, more = suggest_attack(read, *named)
     lines.append(f"next: {output.quote_command('attack', output.shorten_path(folder), **more)}")
-    answer = {"budget": share, "rows": [asdict(row) for row in rows]}
+    answer: dict[str, Any] = {"budget": share, "rows": [asdict(row) for row in rows]}
     output.print_result(answer, as_json, *lines, table=drop_empty([*map(format_comparison, answer["rows"])]))
 
 
