@@ -46,13 +46,11 @@ def suggest_word(word: str, known: Iterable[object], elsewhere: Iterable[str] = 
 
 def suggest_path(path: Path) -> str:
     """`; did you mean ...?` of what lies beside a path that is missing, or beside the first folder missing of it."""
-    while not path.parent.exists():
-        path = path.parent
-    beside: dict[str, Path] = {}
-    with suppress(OSError):
-        beside = {one.stem: one for one in sorted(path.parent.iterdir()) if not one.name.startswith(".")}
-    near = get_close_matches(path.stem, beside, n=1)
-    return f"; did you mean {beside[near[0]]}?" if near and not path.exists() else ""
+    with suppress(OSError, StopIteration):  # nothing is missing, or no name or folder can be read
+        missing = next(one for one in (path, *path.parents) if one.parent.exists() and not one.exists())
+        beside = {one.stem: one for one in sorted(missing.parent.iterdir()) if not one.name.startswith(".")}
+        return "".join(f"; did you mean {beside[near]}?" for near in get_close_matches(missing.stem, beside, n=1))
+    return ""
 
 
 def is_short_for(word: str, name: str) -> bool:

@@ -310,6 +310,7 @@ VERBS: dict[str, tuple[list[str], list[str]]] = {
         (["eval", "./runs/srmu-1", "--tasks", "a"], "runs/srmu-12"),
         (["unlearn", *sources(forget="forgte.jsonl")], "forget.jsonl"),
         (["unlearn", *sources(model="./modle")], "model"),
+        (["ask", "runs/srmu-1", "w1"], "runs/srmu-12"),
     ],
 )
 def test_a_mistyped_path_is_told_what_lies_beside_it(arguments: list[str], meant: str, call: Call) -> None:
@@ -317,6 +318,12 @@ def test_a_mistyped_path_is_told_what_lies_beside_it(arguments: list[str], meant
     Path("own/high.yaml").write_text("model: m\n")
     Path("runs/srmu-12").mkdir(parents=True)
     refused(call, arguments, "did you mean ", f"{meant}?")
+
+
+def test_a_path_that_cannot_be_looked_up_gets_no_suggestion(call: Call) -> None:
+    Path("link").symlink_to("link")
+    for path in ("x" * 300, "link/high.yaml", "forget.jsonl/high.yaml"):
+        assert_one_line(call("unlearn", path))
 
 
 @pytest.mark.parametrize("case", VERBS)

@@ -266,9 +266,8 @@ def find_key(word: str) -> list[str]:
     """The option that a word is short for, with the key before it: of training, else of a method; or none."""
     owners: list[tuple[str, Any]] = [("train", TrainOptions), *(("method", cls) for cls in METHODS.values())]
     pairs = {(key, one.name) for key, cls in owners for one in dataclasses.fields(cls) if is_short_for(word, one.name)}
-    return [
-        f"{key}.{name}" for key, name in sorted(pairs, key=lambda p: (p[0] == "method", p[1] != word, len(p[1]), p))
-    ][:1]
+    ranked = sorted(pairs, key=lambda pair: (pair[0] == "method", pair[1] != word, len(pair[1]), pair))
+    return [".".join(pair) for pair in ranked[:1]]
 
 
 def explain_error(error: ValidationError, where: str, schema: Any) -> str:
