@@ -1,6 +1,8 @@
 """What `import srmu` gives: the names, lazily, and what a person sees of them."""
 
+import ast
 import pydoc
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -29,6 +31,21 @@ def test_public_names() -> None:
         assert callable(getattr(srmu, name)), name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = srmu.nothing
+
+
+def test_errors_of_public_functions_name_arguments_not_options() -> None:
+    """Python has no `--tasks`: an option with dashes stands in a command to type, or after the argument's name."""
+    home = Path(srmu.__file__).parent
+    rooms = [path for room in ("engine", "data", "methods", "attacks") for path in (home / room).rglob("*.py")]
+    files = ["runs/config.py", "runs/plan.py", "runs/run.py", "runs/training.py", "runs/in_memory.py"]
+    files += ["evals/compare.py", "evals/lm_eval.py", "evals/local_tasks.py"]
+    wrong = [
+        ast.unparse(part)
+        for path in (*rooms, *(home / file for file in files))
+        for part in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(part, ast.Raise) and re.search(r"(?<![a-z}] )(?<!, )--[a-z]", ast.unparse(part).split("srmu ")[0])
+    ]
+    assert not wrong
 
 
 def test_no_function_has_a_packages_name() -> None:

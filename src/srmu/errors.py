@@ -5,7 +5,9 @@ SrmuError            wrong input: a file, an option, a model, a folder
 """
 
 from collections.abc import Iterable
+from contextlib import suppress
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class SrmuError(ValueError):
@@ -33,14 +35,22 @@ def first_line(error: BaseException) -> str:
 def suggest_word(word: str, known: Iterable[object], elsewhere: Iterable[str] = (), group: str = "") -> str:
     """`; did you mean ...?`, or what there is to choose from.
 
-    A word may be short for a name (`lr` for `learning_rate`), and stand for one of those `elsewhere`, which come
-    with the keys before them. `group` is written before the names that are known.
+    A word may be short for a name (`lr` for `learning_rate`); if for none, those `elsewhere` are meant. `group` is
+    written before the names that are known.
     """
     names = [str(name) for name in known]
     own = get_close_matches(word, names, n=1, cutoff=0.6) or [name for name in names if is_short_for(word, name)]
-    short = [name for name in elsewhere if is_short_for(word, name.rpartition(".")[2])]
-    meant = [group + name for name in own] + short * (not own)
+    meant = [group + name for name in own] or [*elsewhere]
     return f"; did you mean {' or '.join(meant)}?" if meant else f"; choose one of {', '.join(names)}"
+
+
+def suggest_path(path: Path) -> str:
+    """`; did you mean ...?` of what lies beside a path that is missing, or beside the first folder missing of it."""
+    with suppress(OSError, StopIteration):  # nothing is missing, or no name or folder can be read
+        missing = next(one for one in (path, *path.parents) if one.parent.exists() and not one.exists())
+        beside = {one.stem: one for one in sorted(missing.parent.iterdir()) if not one.name.startswith(".")}
+        return "".join(f"; did you mean {beside[near]}?" for near in get_close_matches(missing.stem, beside, n=1))
+    return ""
 
 
 def is_short_for(word: str, name: str) -> bool:

@@ -18,13 +18,14 @@ from helpers.models import write_jsonl
 from srmu.attacks import ATTACKS, suite
 from srmu.attacks.base import Attack, AttackResult, Exam, Setting, ask_exam, choose_setting
 from srmu.attacks.suite import Sources, attack_run, load_exam, select_attacks
-from srmu.attacks.summary import describe_attacks, describe_prices, describe_search, measure_recovery
+from srmu.attacks.summary import describe_attacks, measure_recovery
 from srmu.errors import SrmuError
 from srmu.evals.results import RESULTS, load_results, read_attacks
 from srmu.evals.score import score_model
 from srmu.evals.subject import NotApplicable, Subject, mark_answers, option_scores
 from srmu.report.attacks import attack_table
 from srmu.runs.model_card import summarise_record
+from srmu.runs.prices import describe_prices, describe_search
 from srmu.runs.run import Run, unlearn_config
 
 
@@ -348,7 +349,7 @@ def test_halves(place: Path) -> None:
     both = exam(tasks=("hazard", "hazard_val"), val="split")
     assert not {q.fact for q in both.val} & {q.fact for q in both.test}
     assert len(both.val) == len(both.test) == 40
-    with pytest.raises(SrmuError, match="--tasks ask for 10 facts, too few for an interval: 20"):
+    with pytest.raises(SrmuError, match="tasks ask for 10 facts, too few for an interval: 20"):
         exam(val="split")
     assert len(exam(val="hazard_val", limit=39).test) == 39
     with pytest.raises(SrmuError, match="20 facts are asked for in both halves"):
@@ -362,7 +363,7 @@ def test_bad_input(run: Run, place: Path) -> None:
     for given, message in (
         ({"names": ["logit_lense"]}, "attack 'logit_lense' does not exist; did you mean logit_lens"),
         ({"tier": "smok"}, "tier 'smok' does not exist; choose one of smoke, standard, deep"),
-        ({"sources": sources(place, tasks=())}, "--tasks: name the lm-eval tasks"),
+        ({"sources": sources(place, tasks=())}, "tasks: name those of lm-eval"),
         ({"sources": sources(place, tasks=("harmless",))}, "no validation half"),
         ({"sources": sources(place, neutral=str(place / "no.jsonl"))}, "no such file"),
         ({"sources": sources(place, oracle=str(place / "tasks"))}, "config.json"),
@@ -371,7 +372,7 @@ def test_bad_input(run: Run, place: Path) -> None:
             attack_run(run, **{"sources": sources(place)} | given)  # type: ignore[arg-type]
     assert not (run.folder / RESULTS).exists()
     few = sources(place, limit=8)
-    with pytest.raises(SrmuError, match=r"ask for [4-8] facts under --limit 8, too few"):
+    with pytest.raises(SrmuError, match=r"ask for [4-8] facts under limit 8, too few"):
         attack_run(run, sources=few)
 
 
@@ -444,9 +445,7 @@ def test_the_tuned_attacker_has_a_price(run: Run, place: Path) -> None:
 
 
 def test_a_search_goes_with_the_tuned_attacker() -> None:
-    with pytest.raises(
-        SrmuError, match="--trials and --steps: options of tuned_relearning; add --attacks tuned_relearning"
-    ):
+    with pytest.raises(SrmuError, match="trials and steps: options of tuned_relearning; name that attack"):
         select_attacks("smoke", [], {"trials": 3, "steps": 5})
     assert select_attacks("smoke", ["E20"], {"trials": 3})["tuned_relearning"].trials == 3
 

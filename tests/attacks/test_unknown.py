@@ -220,10 +220,10 @@ def test_unknown_questions_are_loaded(place: Path, capsys: pytest.CaptureFixture
     # a fact of the validation half among them would be learned: it is refused where it comes in, and where it is used
     with pytest.raises(AssertionError, match="share facts"):
         split_validation(replace(exam, test=(*unknown, exam.val[0])), 0)
-    with pytest.raises(SrmuError, match="--unknown: 20 facts of hazard_val are also in --tasks or --val"):
+    with pytest.raises(SrmuError, match="unknown: 20 facts of hazard_val are also in tasks or val"):
         load_unknown(sources(place, unknown=("hazard_val",)), exam, 0)
     write_unknown(place, "easier", choices=["w40", "w41"], gold=0)
-    with pytest.raises(SrmuError, match=r"guessing answers 50\.0% and 25\.0% of easier and of --tasks"):
+    with pytest.raises(SrmuError, match=r"guessing answers 50\.0% and 25\.0% of easier and of what was forgotten"):
         load_unknown(sources(place, unknown=("easier",)), exam, 0)
     assert load_unknown(sources(place, unknown=()), exam, 0) == ()
     assert capsys.readouterr().err == ""
@@ -262,5 +262,5 @@ def test_where_the_unknown_facts_come_from(run: Run, place: Path) -> None:
     assert (bool(found.oracle), found.unknown) == (True, ())
     found = fill_sources(replace(asked, unknown=("never",)), run.config, base)
     assert (found.oracle, found.unknown) == ("", ("never",))
-    with pytest.raises(SrmuError, match="--unknown and --oracle: name one of them"):
+    with pytest.raises(SrmuError, match="unknown and oracle: name one of them"):
         fill_sources(replace(asked, unknown=("never",), oracle="x"), run.config, base)

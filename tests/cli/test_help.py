@@ -32,6 +32,18 @@ def test_the_verbs_stand_in_groups(call: Call) -> None:
         assert f" {group} " in lines[places[first] - 1]
 
 
+@pytest.mark.parametrize("verb", [*(verb for verb in VERBS if verb != "info"), "info cache"])
+def test_help_has_room_at_80_columns(verb: str, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No list of choices in the column of types takes it from the column that explains."""
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = call(*verb.split(), "--help").out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert next(line.index("Show this message") for line in lines if " --help" in line) <= 41
+    assert not any(
+        "|" in line for line in lines if "│" in line and "MODEL|RUN|texts" not in line and "<ls|" not in line
+    )
+
+
 def test_version(call: Call) -> None:
     answer = call("--version")
     assert (answer.code, answer.out) == (0, "srmu 0.1.0\n")

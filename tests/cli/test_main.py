@@ -202,7 +202,8 @@ OPTIONS: dict[str, tuple[list[str], list[str]]] = {
     "top level": (["sede=3"], ["sede is not an option", "did you mean seed?"]),
     "without its group": (["kappa=16"], ["kappa is not an option; did you mean method.kappa?"]),
     "short": (["train.lr=1"], ["train.lr is not an option; did you mean train.learning_rate?"]),
-    "as an option": (["--max-steps", "20"], ["No such option: --max-steps", "have no dashes: train.max_steps=VALUE"]),
+    "as an option": (["--max-steps", "20"], ["No such option: --max-steps", "have no dashes: train.max_steps=20"]),
+    "short elsewhere": (["steps=20"], ["steps is not an option; did you mean train.max_steps?"]),
     "with spaces": (["method.kappa", "=", "16"], ["expected key=value without spaces"]),
     "flag": (["--methd", "srmu"], ["--methd", "--method"]),
     "layer word": (["method.layer=seven"], ["method.layer=seven", "valid integer"]),
@@ -275,15 +276,16 @@ VERBS: dict[str, tuple[list[str], list[str]]] = {
     "nothing": (["unlearn"], ["name a config file, or --model M --forget F [--retain R]"]),
     "no retain": (
         ["unlearn", "--model", "model", "--forget", "forget.jsonl"],
-        ["method srmu needs retain texts", "(--retain)"],
+        ["method srmu needs retain texts", "name them: retain, or topics.topic.retain in a config"],
     ),
     "both forms": (["unlearn", "c.yaml", "--model", "m"], ["srmu unlearn c.yaml method.name=rmu"]),
+    "as an option": (["unlearn", "--steps", "20"], ["options of a config have no dashes: train.max_steps=20"]),
     "missing config": (["unlearn", "c.yaml"], ["c.yaml: no such file"]),
     "folder config": (["unlearn", "model"], ["model is a folder", "--model model --forget F"]),
     "eval nothing": (["eval"], ["Missing argument"]),
     "attack without a trial": (["attack", "x", "--trials", "0"], ["--trials", "greater than or equal to 1"]),
     "no sweep": (["sweep"], ["srmu sweep configs/sweep-grid.yaml"]),
-    "no tasks": (["eval", "model"], ["no task named; give --tasks a,b"]),
+    "no tasks": (["eval", "model"], ["no task is named: give tasks, such as a,b"]),
     "no model": (["eval", "nowhere", "--tasks", "a"], ["nowhere: no such folder"]),
     "no model in it": (["eval", ".", "--tasks", "a"], ["has no config.json"]),
     "limit": (["eval", "model", "--tasks", "a", "--limit", "x"], ["--limit", "integer"]),
@@ -292,6 +294,36 @@ VERBS: dict[str, tuple[list[str], list[str]]] = {
     "export nothing": (["export", "nowhere", "out"], ["nowhere is not a finished run"]),
     "export to nowhere": (["export", "nowhere"], ["Missing argument"]),
 }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["unlearn", "own/hihg.yaml"], "own/high.yaml"),
+        (["unlearn", "onw/high.yaml"], "own"),
+        (["sweep", "own/hihg.yaml"], "own/high.yaml"),
+        (["export", "runs/srmu-1", "out"], "runs/srmu-12"),
+        (["compare", "runs/srmu-1"], "runs/srmu-12"),
+        (["attack", "runs/srmu-1"], "runs/srmu-12"),
+        (["verify", "runs/srmu-1"], "runs/srmu-12"),
+        (["report", "runs/srmu-1"], "runs/srmu-12"),
+        (["eval", "./runs/srmu-1", "--tasks", "a"], "runs/srmu-12"),
+        (["unlearn", *sources(forget="forgte.jsonl")], "forget.jsonl"),
+        (["unlearn", *sources(model="./modle")], "model"),
+        (["ask", "runs/srmu-1", "w1"], "runs/srmu-12"),
+    ],
+)
+def test_a_mistyped_path_is_told_what_lies_beside_it(arguments: list[str], meant: str, call: Call) -> None:
+    Path("own").mkdir()
+    Path("own/high.yaml").write_text("model: m\n")
+    Path("runs/srmu-12").mkdir(parents=True)
+    refused(call, arguments, "did you mean ", f"{meant}?")
+
+
+def test_a_path_that_cannot_be_looked_up_gets_no_suggestion(call: Call) -> None:
+    Path("link").symlink_to("link")
+    for path in ("x" * 300, "link/high.yaml", "forget.jsonl/high.yaml"):
+        assert_one_line(call("unlearn", path))
 
 
 @pytest.mark.parametrize("case", VERBS)
@@ -327,7 +359,7 @@ CONFIGS: dict[str, tuple[str, list[str]]] = {
     "no topics": ("model: model\nmethod: srmu\ntopics: {}\n", ["topics: name at least one"]),
     "no retain": (
         "model: model\nmethod: srmu\ntopics: {bio: {forget: forget.jsonl}}\n",
-        ["method srmu needs retain texts", "topics.bio.retain (--retain)"],
+        ["method srmu needs retain texts", "retain, or topics.bio.retain in a config"],
     ),
     "method list": ("model: model\nmethod: [srmu]\ntopics: {}\n", ["method: expected a mapping"]),
     "topic key": (
@@ -562,6 +594,14 @@ def test_eval(call: Call, workplace: Path, builtin: None) -> None:
     assert "quiz/acc" in shown and f"{value:.3f} ±" in shown and "original" in shown
     assert "repetition/forget" in shown and "repeats itself" not in shown
     assert f"next: srmu attack {run} --tasks TASK --val split" in shown
+
+
+def test_a_broken_model_is_told_by_the_records_flag(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the words of a sentence."""
+    monkeypatch.setattr("srmu.runs.effect.judge_numbers", lambda *given: "nothing good")
+    answer = call("unlearn", *sources(), "method.layer=2", "train.max_steps=4", "train.learning_rate=3")
+    assert "next: the same with the setting that the sentence above names" in answer.out, answer
+    assert "srmu eval" in call("unlearn", *sources(), *QUICK).out
 
 
 @pytest.mark.slow

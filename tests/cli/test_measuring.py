@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from helpers import attack_world as world
 from helpers.models import Call, write_jsonl
+from helpers.report_world import write_attacks, write_run
 from srmu.evals.results import read_attacks
 from srmu.report.attacks import attack_table, describe_metrics
 
@@ -178,6 +180,27 @@ def test_attack_and_compare(call: Call, tmp_path: Path) -> None:
     assert rows[0]["method"] == "graddiff" and rows[0]["residual"]["n"] == 40
 
 
+def test_compare_reads_attacks_once_and_leaves_out_copies(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [write_run(tmp_path / f"run{seed}", "RMU", "", seed, (34, 48, 100)) for seed in (0, 1)]
+    for seed, run in enumerate(runs):
+        write_attacks(run, 0.5, seed)
+    shutil.copytree(runs[0], tmp_path / "copy")
+    seen: list[str] = []
+
+    def read(folder: Path) -> dict[str, Any]:
+        seen.append(folder.name)
+        return read_attacks(folder)
+
+    for place in ("evals.compare", "evals.results"):
+        monkeypatch.setattr(f"srmu.{place}.read_attacks", read)
+    done = call("compare", "run0", "run1", "copy")
+    assert done.code == 0, done.err
+    assert seen == ["run0", "run1"] and "1 x 2" in done.out
+    assert "1 run left out as a copy of another: settings, seed, model and texts are the same" in done.out
+
+
 @pytest.mark.slow
 def test_what_compare_tells_to_type_works(call: Call, tmp_path: Path) -> None:
     """Typed as it stands: the evaluation that is missing, then the attack that is missing, until all is there."""
@@ -200,14 +223,14 @@ def test_what_compare_tells_to_type_works(call: Call, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("attack", "nothing"), "nothing is not a finished run"),
-        (("attack", "RUN"), "--tasks: name the lm-eval tasks"),
+        (("attack", "RUN"), "tasks: name those of lm-eval"),
         (("attack", "RUN", *GIVEN, "--val", "none"), "no validation half"),
         (("attack", "RUN", *GIVEN, "--attacks", "logitlens"), "did you mean logit_lens"),
         (("attack", "RUN", *GIVEN, "--tier", "quick"), "'quick' is not one of"),
         (("attack", "RUN", *GIVEN, "--limit", "10"), "too few for an interval"),
         (("attack", "RUN", *GIVEN, "--unknown", "never", "--oracle", "oracle"), "name one of them"),
         (("compare", "RUN"), "--tasks TASK"),
-        (("inspect", "texts", *TEXTS, "--model", "model", "--tasks", "quizz"), "--tasks-dir names another"),
+        (("inspect", "texts", *TEXTS, "--model", "model", "--tasks", "quizz"), "tasks_dir names another"),
         (("compare", "model"), "model is not a finished run"),
         (("ask", "nothing", "w1"), "nothing: no such folder"),
         (("ask", "RUN"), "Missing argument"),

@@ -377,7 +377,7 @@ def test_retain_texts_may_be_left_out(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "r.jsonl", texts(3, 2))
     beside = read_topic(tmp_path, source, Source(path="r.jsonl"), batch_size=2)
     assert documents(beside) == documents(loaded)  # the order to forget in is the same
-    with pytest.raises(SrmuError, match=r"topic bio: no forget texts; name topics\.bio\.forget"):
+    with pytest.raises(SrmuError, match=r"topic bio: no forget texts; name them: forget, or topics\.bio\.forget"):
         read_topic(tmp_path, None, source)
 
 

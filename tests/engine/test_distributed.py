@@ -323,7 +323,7 @@ def test_alone_it_is_all_of_them(monkeypatch: pytest.MonkeyPatch, launched: bool
 
 @pytest.mark.slow
 def test_what_cannot_be_spread_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SrmuError, match="--shard cuts the weights over several processes"):
+    with pytest.raises(SrmuError, match="shard cuts the weights over several processes"):
         check_ranks(config(folder, "r", "srmu"), shard=True)
     monkeypatch.setattr(distributed, "get_size", lambda: 2)
     srmu = config(folder, "r", "srmu")

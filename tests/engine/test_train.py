@@ -554,7 +554,7 @@ def test_measurements_that_are_not_numbers(rule: Any, rate: float, taught: Any) 
 
 def test_a_limit_on_retain_texts_needs_some() -> None:
     some, train = replace(topic(), retain=[]), TrainOptions(kl_budget=0.5)
-    with pytest.raises(SrmuError, match=r"train\.kl_budget .*name topics\.bio\.retain \(--retain\)"):
+    with pytest.raises(SrmuError, match=r"train\.kl_budget .*name them: retain, or topics\.bio\.retain"):
         GA().check([topic("cyber"), some], train)
     GA().check([topic()], train)
     GA().check([some], TrainOptions(forget_ceiling=3.0))

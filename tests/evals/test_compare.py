@@ -1,7 +1,9 @@
 """Comparisons at matched utility loss, of runs whose numbers are made up and so known."""
 
 import json
+import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import pytest
 
 from helpers.results import keep_rows, write_metrics, write_report
 from srmu.errors import SrmuError
-from srmu.evals.compare import ComparisonRow, choose_metrics, compare_runs, run_setting, spell_metrics, suggest_attack
+from srmu.evals.compare import ComparisonRow, choose_metrics, compare_runs, read_reports, spell_metrics, suggest_attack
 from srmu.evals.results import read_attacks
-from srmu.report.format import write_range
+from srmu.report.format import format_comparison, write_range
 from srmu.runs.config import build_config, make_config
 from srmu.runs.run import Run
+from srmu.runs.setting import run_setting
 
 QUESTIONS = 200  # two of each fact
 METRICS = ["hazard/acc"], ["near/acc"]
@@ -38,7 +41,8 @@ def folder_of(place: Path, method: str, overrides: Sequence[str], seed: int, bed
     folder = place / "runs" / f"{config.id}-{method}"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(config.to_yaml())
-    (folder / "record.json").write_text("{}")
+    record = {"base": {"files": {"model.safetensors": {"sha256": bed}}}, "data": {}}
+    (folder / "record.json").write_text(json.dumps(record))
     return folder
 
 
@@ -116,6 +120,8 @@ def test_a_method_is_interpolated_along_its_own_curve(tmp_path: Path) -> None:
     assert row.residual is not None
     assert row.residual.value == pytest.approx((0.65 - 0.25) / 0.75)
     assert inside(row)
+    assert row.utility_loss.low == row.utility_loss.high  # it is read there, and shown as a single number
+    assert format_comparison(asdict(row))["utility lost"] == "6.0"
     assert row.forget_difference is row.residual_difference is None and row.verdict == ""
     assert (row.forget_accuracy.n, row.utility_loss.n) == (QUESTIONS, 2 * QUESTIONS)
     assert compare_runs(runs[::-1], budget=0.06) == [row]
@@ -127,6 +133,24 @@ def test_a_method_is_interpolated_along_its_own_curve(tmp_path: Path) -> None:
     assert row.residual is not None
     assert row.residual.value == pytest.approx(0.75 + 0.25 * (0.8 - 0.25) / 0.75)
     assert "weakest setting" in row.note
+
+
+def test_a_run_within_the_budget_has_the_interval_of_its_own_loss(tmp_path: Path) -> None:
+    """It is not cut off at the budget, which the run was not read at."""
+    run = attacked(tmp_path, "srmu", 0.6, 0.92)
+    rows = [compare_runs([run], budget)[0].utility_loss for budget in (0.041, 0.9)]
+    assert rows[0] == rows[1] and rows[0].value == pytest.approx(0.04)
+    assert rows[0].low < 0.04 and rows[0].high > 0.041
+
+
+def test_copies_of_a_run_count_once(tmp_path: Path) -> None:
+    """A copied testbed is no second seed, and a folder that is named twice no second run."""
+    run, other = attacked(tmp_path, "rmu", 0.5, 0.9), attacked(tmp_path, "rmu", 0.5, 0.8, bed="bed1")
+    copy = attacked(tmp_path, "rmu", 0.5, 0.9, bed="bed2")
+    (copy / "record.json").write_text((run / "record.json").read_text())
+    assert compare_runs([run, other, copy, run]) == compare_runs([run, other])
+    assert [one.folder for one, _ in read_reports([run, other, copy])] == [run, other]
+    assert compare_runs([run, other])[0].seeds == 2 and compare_runs([run, copy])[0].seeds == 1
 
 
 def test_a_curve_that_ends_below_the_budget(tmp_path: Path) -> None:
@@ -299,11 +323,19 @@ def test_k_star_is_above_what_was_never_known(tmp_path: Path) -> None:
     assert first is not None and second is not None
     assert first.value == pytest.approx((0.6 - 0.25) / 0.75)  # 0.05 above 0.85 is a third
     assert second.value == pytest.approx((0.9 - 0.25) / 0.75)
-    with pytest.raises(SrmuError, match="--unknown and without it"):
+    with pytest.raises(SrmuError, match="unknown facts and without them"):
         compare_runs([found, attacked(tmp_path, "graddiff", 0.6, 0.9, bed="bed1")])
     with pytest.raises(SrmuError, match="with other questions"):
         compare_runs([found, attacked(tmp_path, "ssd", 0.6, 0.9)])
-    assert suggest_attack([found], (), ())[1]["unknown"] == "never"
+    assert suggest_attack(read_reports([found]), (), ())[1]["unknown"] == "never"
+
+
+def on_other_texts(run: Path) -> Path:
+    """A run of the same config beside another."""
+    other = Path(shutil.copytree(run, run.with_name("other")))
+    record = json.loads((run / "record.json").read_text()) | {"data": {"topic": {"forget": {"digest": "2"}}}}
+    (other / "record.json").write_text(json.dumps(record))
+    return other
 
 
 CANNOT: dict[str, tuple[Any, str]] = {
@@ -324,10 +356,10 @@ CANNOT: dict[str, tuple[Any, str]] = {
         lambda one, make: compare_runs([one, make(attacked, facts=list(range(QUESTIONS)))]),
         "with other questions",
     ),
-    "same": (lambda one, make: compare_runs([one, one]), "are the same run"),
+    "other texts": (lambda one, make: compare_runs([one, on_other_texts(one)]), "one config on different texts"),
     "utility": (
         lambda one, make: keep_rows(one, lambda row: row["attack"] != "utility") or compare_runs([one]),
-        "attacked without --utility tasks",
+        "attacked without utility tasks",
     ),
     "damaged": (
         lambda one, make: (one / "results.json").write_text("{") and compare_runs([one]),
@@ -359,11 +391,11 @@ def test_what_is_missing_is_named_as_a_command(tmp_path: Path) -> None:
     with pytest.raises(SrmuError, match=rf"`srmu eval {other} --tasks hazard,near` first"):
         compare_runs([plain, other])
     named = {"tasks": "hazard", "utility": "near,far", "seed": "0", "val": "hazard_val"}
-    assert suggest_attack([done, other], (), ()) == (other, named | {"tier": "smoke"})
-    assert suggest_attack([done], (), ()) == (done, named | {"tier": "standard"})
+    assert suggest_attack(read_reports([done, other]), (), ()) == (other, named | {"tier": "smoke"})
+    assert suggest_attack(read_reports([done]), (), ()) == (done, named | {"tier": "standard"})
     deep = attacked(tmp_path, "rmu", 0.5, 0.9, seed=1, tier="deep")
-    assert suggest_attack([deep], (), ())[1]["tier"] == "deep"
-    assert suggest_attack([plain], ["hazard/acc"], ()) == (
+    assert suggest_attack(read_reports([deep]), (), ())[1]["tier"] == "deep"
+    assert suggest_attack(read_reports([plain]), ["hazard/acc"], ()) == (
         plain,
         {"tasks": "hazard", "utility": "near", "val": "split"},
     )
@@ -391,7 +423,7 @@ def test_evaluated_runs_are_compared_on_what_both_measured(tmp_path: Path) -> No
     assert compare_runs(runs) == compare_runs(runs, 0.05, *named)
     for run in runs:
         keep_rows(run, lambda row: row["task"] == "testbed_general")
-    with pytest.raises(SrmuError, match=r"--metrics, --utility-metrics: .*; there are testbed_general/acc$"):
+    with pytest.raises(SrmuError, match=r"--metrics\) and .*--utility-metrics\); there are testbed_general/acc$"):
         compare_runs(runs)
 
 

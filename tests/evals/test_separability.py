@@ -25,7 +25,7 @@ from srmu.evals.separability import (
     sample_activations,
 )
 from srmu.evals.subject import Question
-from srmu.methods.importance import describe_importance, importance_map, measure_features, sum_features
+from srmu.methods.importance import FLAT_WORDS, describe_importance, importance_map, measure_features, sum_features
 from srmu.report.studies import write_analysis
 
 FORGET, RETAIN = texts(12, 1, range(30)), texts(12, 2, range(20, 60))
@@ -169,7 +169,7 @@ def test_advice():
     assert "method.layer=2." in advice(0.3, rows)  # within an error of the highest, and lower
     assert "method.layer=1 method.window=2." in advice(0.3, rows[:2])
     assert "No layer tells" in advice(0.3, rows[:2]) and "No layer" not in advice(0.3, rows)
-    assert "nearly flat" in advice(0.3, [row(0, 0.9, sd=0.05)])
+    assert FLAT_WORDS in advice(0.3, [row(0, 0.9, sd=0.05)])
     assert "clip_quantile" in advice(0.3, [row(0, 0.9, outliers=[{"dimension": 1, "value": 1.0}])])
     dirty = {"either": 0.5, "questions": 10}
     clean = {"either": 0.0, "questions": 10}

@@ -89,6 +89,7 @@ def write_run(folder, label, group, seed, percents, steps=120, width=192):
         "steps": steps,
         "stop_reason": "max_steps",
         "topics": {"topic": facts},
+        "base": {"files": {"model.safetensors": {"sha256": folder.name}}},
         "model": f"{SECRET_HOME}/model",
         "changed": ["model.layers.4.mlp.down_proj.weight"],
         "diverged": False,

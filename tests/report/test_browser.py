@@ -190,6 +190,22 @@ def test_dark_is_dark_and_paper_is_white(visit: Any) -> None:
 
 
 @pytest.mark.slow
+def test_on_paper_what_belongs_together_stays_together(visit: Any) -> None:
+    """What is folded is open; no head, note or line of a folded table stands at the foot of a page alone."""
+    page = visit("runs", viewport={"width": 690, "height": 1000})  # an A4 page between its margins
+    page.emulate_media(media="print")
+    style = "(element, name) => getComputedStyle(element)[name]"
+    for selector in ("h2", "section p", "thead", "details summary"):
+        assert page.locator(selector).first.evaluate(style, "breakAfter") == "avoid", selector
+    for selector in ("tr", "p", ".scroll:has(.numbers):not(.tall)"):
+        assert page.locator(selector).first.evaluate(style, "breakInside") == "avoid", selector
+    assert page.locator("details table").first.bounding_box()["height"] > 50
+    for table in page.locator("main table").all():
+        box = table.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 690
+
+
+@pytest.mark.slow
 def test_the_keyboard_reaches_the_content_first(visit: Any) -> None:
     page = visit("runs")
     page.keyboard.press("Tab")

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -35,6 +36,7 @@ from srmu.report.attacks import attack_section, estimate_recovery
 from srmu.report.benchmarks import benchmark_section
 from srmu.report.build import MEAN, make_runs_page, write_report
 from srmu.report.results import RunGroup, aggregate_columns, strip_paths
+from srmu.report.runs import record_section
 
 
 class Page(HTMLParser):
@@ -210,7 +212,9 @@ def test_it_claims_no_more_than_suppression(page):
 
 
 def test_it_says_whether_the_map_selects(page):
-    assert "low entanglement Nearly flat" in page.text  # 0.88 with a standard deviation of 0.04
+    assert (
+        "low entanglement Nearly flat (sd under 0.1): it hardly tells features apart." in page.text
+    )  # 0.88 with a standard deviation of 0.04
     assert "high entanglement Not flat" in page.text
 
 
@@ -240,6 +244,31 @@ def test_each_original_model_is_shown_once(page, tmp_path):
     text = Page(page_text(entries, tmp_path / "r.html")).text
     assert text.count("Before: original model") == 2  # they started from different ones
     assert "97.0 " in text
+
+
+def test_what_was_not_asked_after_relearning_is_left_out(tmp_path):
+    """The controls have no accuracy before relearning: no number stands there, and no nan."""
+    (run,) = seeds_of(tmp_path, count=1)
+    write_attacks(run, 0.7)
+    results = json.loads((run / "results.json").read_text())
+    original = results["attacks"]["attacks"]["benign_relearning"]["controls"]["original"]
+    original["settings"] = {"LoRA, n=50": {"test": 1.0, "val": 1.0}}
+    (run / "results.json").write_text(json.dumps(results))
+    assert "nan" not in Page(write_report([run], tmp_path / "r.html").read_text(encoding="utf-8")).text.split()
+
+
+def test_settings_that_are_as_by_default_are_folded(tmp_path):
+    """Of one run, too: what was chosen is what one looks for."""
+    (run,) = entry = one_run(tmp_path / "run").runs
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["method"] |= {"window": 3, "importance": "ratio"}
+    config["train"] |= {"shuffle": True, "check_every": 5, "max_grad_norm": 1.0}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    own, usual = (block.table for block in record_section([RunGroup("SRMU", "", entry)]).blocks)
+    assert not own.fold and usual.fold == "4 settings of SRMU as by default"
+    facts = {row["Fact"].replace(" \N{MIDDLE DOT} ", "."): row["Value"] for row in own.rows}
+    assert facts["train.max grad norm"] == "1" and facts["method.name"] == "srmu" and "seed" in facts
+    assert [row["Fact"].split(" ")[-1] for row in usual.rows] == ["importance", "window", "every", "shuffle"]
 
 
 def test_settings_show_options_but_no_paths(tmp_path):
@@ -617,11 +646,20 @@ def test_a_run_that_nothing_measured_was_attempted(tmp_path):
     assert "attempted" not in both.text and "1 run without results left out" in both.text
 
 
+def test_copies_of_a_run_are_no_seeds(tmp_path):
+    run, other = seeds_of(tmp_path, count=2)
+    shutil.copytree(run, tmp_path / "copy")
+    page = Page(write_report([run, tmp_path / "copy"], tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert "1 run left out as a copy of another" in page.text and "in one run" in page.text
+    page = Page(write_report([run, other], tmp_path / "two.html").read_text(encoding="utf-8"))
+    assert "copy of another" not in page.text and "over 2 seeds" in page.text
+
+
 def test_unclear_metrics_are_asked_for(tmp_path):
     (run,) = seeds_of(tmp_path, count=1)
     keep_rows(run, lambda row: False)
     write_metrics(run, after={"mine/acc": {"value": 0.5, "n": 100}})
-    with pytest.raises(SrmuError, match="--metrics, --utility-metrics: name the metrics that should fall"):
+    with pytest.raises(SrmuError, match=r"name the metrics that should fall \(forget, --metrics\)"):
         write_report([run], tmp_path / "r.html")
     with pytest.raises(SrmuError, match="no run has the result typo/acc; there are mine/acc"):
         write_report([run], tmp_path / "r.html", forget=["typo/acc"])

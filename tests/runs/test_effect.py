@@ -13,7 +13,7 @@ from srmu.engine.train import TrainOptions
 from srmu.methods.base import Method, Session, State
 from srmu.runs import in_memory
 from srmu.runs.config import build_config
-from srmu.runs.effect import LEARNED, explain_repetition, find_alpha, judge_numbers, list_warnings
+from srmu.runs.effect import LEARNED, explain_repetition, find_alpha, is_broken, judge_numbers, list_warnings
 from srmu.runs.model_card import summarise_record
 from srmu.runs.record import read_record
 from srmu.runs.run import Run, unlearn_config
@@ -173,6 +173,7 @@ def nats(forget: float, retain: float = 0.0) -> dict[str, float]:
 )
 def test_what_the_numbers_mean_and_what_to_type_next(method: Method, numbers: dict[str, float], says: str) -> None:
     assert judge_numbers(method, numbers, 0.01, 5e-5) == says
+    assert is_broken(numbers) == ("broken" in says)
 
 
 def test_what_holds_a_run_back() -> None:

@@ -19,6 +19,7 @@ from srmu.errors import SrmuError
 from srmu.runs import record as audit
 from srmu.runs.config import Config, Purpose, make_config
 from srmu.runs.model_card import summarise_record, write_model_card
+from srmu.runs.prices import describe_prices, describe_search
 from srmu.runs.run import Run, unlearn_config
 from srmu.runs.verify import rerun_record, verify_folder
 
@@ -72,6 +73,9 @@ def test_the_record_is_what_the_schema_says(made: Path) -> None:
     assert set(schema["$defs"]["Purpose"]["properties"]) == set(Purpose.model_fields)
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(record(made), schema)
+    earlier = record(made)
+    assert earlier["effect"].pop("broken") is False  # which earlier records do not say
+    jsonschema.validate(earlier, schema)
     wrong = record(made) | {"steps": "many"}
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(wrong, schema)
@@ -293,6 +297,19 @@ def test_a_manifest_is_read_once(made: Path, monkeypatch: pytest.MonkeyPatch) ->
     first = audit.digest_folder(made / "model")
     monkeypatch.setattr(audit, "digest_file", lambda path: pytest.fail("read again"))
     assert audit.digest_folder(made / "model") == first
+
+
+def test_the_card_says_prices_as_the_report_does(made: Path) -> None:
+    """Also what did not come back, and that a search was short, which then says little."""
+    price = {"share": 0.5, "steps": 12.4, "low": 8.0, "high": None, "tried": 10, "tokens": 1984.0, "flop": 1.6e12}
+    prices = [price, price | {"share": 0.9, "steps": None}]
+    tuned = {"price": prices, "budget": {"trials": 3, "steps": 10}, "accuracy": None, "metrics": {}}
+    attacks = {"K*": {"value": 0.5, "low": 0.4, "high": 0.6, "attack": "tuned_relearning"}, "tier": "deep"}
+    attacks |= {"tried": {"tuned_relearning": tuned}, "oracle": True, "tasks": {}, "not_tried": []}
+    page = summarise_record(record(made) | {"attacks": attacks})
+    for line in (*describe_prices(prices), *describe_search(attacks["tried"])):
+        assert f"- {line}.\n" in page
+    assert "did not come back" in page and "3 trainings of at most 10 steps, where 24 of 100 are usual" in page
 
 
 def test_the_page_and_the_card(made: Path) -> None:

@@ -169,8 +169,7 @@ def select_attacks(tier: Tier, names: Sequence[str], search: Mapping[str, int] =
         if {name, attack.id} & wanted or (not names and TIERS.index(attack.tier) <= TIERS.index(tier))
     }
     if search and SEARCHED not in chosen:
-        options = " and ".join(f"--{key}" for key in search)
-        raise SrmuError(f"{options}: options of {SEARCHED}; add --attacks {SEARCHED}")
+        raise SrmuError(f"{' and '.join(search)}: options of {SEARCHED}; name that attack, too")
     return chosen | ({SEARCHED: TunedRelearning(**{**vars(chosen[SEARCHED]), **search})} if search else {})
 
 
@@ -180,7 +179,7 @@ def fill_sources(sources: Sources, config: Config, base: Path) -> Sources:
     Unknown facts are asked for where there is no oracle; those that are named take the place of a testbed's oracle.
     """
     if sources.unknown and sources.oracle:
-        raise SrmuError("--unknown and --oracle: name one of them; with an oracle its own answers are the control")
+        raise SrmuError("unknown and oracle: name one of them; with an oracle its own answers are the control")
     home = base.parent
     testbed = (home / "testbed.json").exists()
 
@@ -189,7 +188,7 @@ def fill_sources(sources: Sources, config: Config, base: Path) -> Sources:
 
     tasks = sources.tasks or ((HAZARD,) if testbed else ())
     if not tasks:
-        raise SrmuError("--tasks: name the lm-eval tasks that ask for what is to be forgotten")
+        raise SrmuError("tasks: name those of lm-eval, or your own, that ask for what is to be forgotten")
     tasks_dir = sources.tasks_dir or str(config.tasks_dir or score.tasks_beside(base) or "")
     oracle = sources.oracle or ("" if sources.unknown else of_testbed("oracle"))
     never = UNKNOWN if testbed and tasks_dir and HAZARD in tasks and not oracle else ()
@@ -234,17 +233,15 @@ def load_exam(sources: Sources, seed: int) -> Exam:
             val = load(sources.val.split(","))
         except SrmuError as error:
             raise SrmuError(
-                f"no validation half: {error}; name its tasks with --val, or --val split to take half of the questions"
+                f"no validation half: {error}; name its tasks as val, or split for half of the questions"
             ) from error
     if both := {q.fact for q in val} & {q.fact for q in test}:
-        raise SrmuError(f"{len(both)} facts are asked for in both halves, --tasks and --val; name other --val tasks")
-    for part, option in ((test, "--tasks"), (val, "--val")):
+        raise SrmuError(f"{len(both)} facts are asked for in both halves, tasks and val; name other val tasks")
+    for part, option in ((test, "tasks"), (val, "val tasks")):
         if (count := len({q.fact for q in draw(part)})) < LEAST:
-            under = f" under --limit {sources.limit}" if sources.limit < len(part) else ""
+            under = f" under limit {sources.limit}" if sources.limit < len(part) else ""
             more = (
-                "raise --limit"
-                if under
-                else "name more tasks, or make the testbed from more facts that the model knows"
+                "raise limit" if under else "name more tasks, or make the testbed from more facts that the model knows"
             )
             raise SrmuError(
                 f"{option} ask for {count} facts{under}, too few for an interval: {LEAST} or more in each half; {more}"
@@ -257,12 +254,12 @@ def load_unknown(sources: Sources, exam: Exam, seed: int) -> tuple[Question, ...
     unknown = draw_questions(load_tasks(sources.unknown, sources), sources.limit, seed)
     facts, tasks = {*list_facts(unknown)}, ", ".join(sources.unknown)
     if both := facts & {*list_facts(exam.both)}:
-        raise SrmuError(f"--unknown: {len(both)} facts of {tasks} are also in --tasks or --val; leave them out")
+        raise SrmuError(f"unknown: {len(both)} facts of {tasks} are also in tasks or val; leave them out")
     chances = [guess_share(asked) for asked in (unknown, exam.test)] if unknown else [0.0]
     if max(chances) - min(chances) > 0.01:
         shares = " and ".join(f"{chance:.1%}" for chance in chances)
         why = "both need the same number of options"
-        raise SrmuError(f"--unknown: guessing answers {shares} of {tasks} and of --tasks; {why}")
+        raise SrmuError(f"unknown: guessing answers {shares} of {tasks} and of what was forgotten; {why}")
     if unknown and len(facts) < LEAST:
         if distributed.is_first():
             progress.print_line(
@@ -278,7 +275,7 @@ def load_texts(sources: Sources, config: Config) -> Texts:
     own = read_topic_texts(config)
     neutral, holdout = (read_texts([Source(path=name)]) if name else [] for name in (sources.neutral, sources.holdout))
     if not neutral and not own["retain"]:
-        raise SrmuError("--neutral: name a file of texts that are far from the forget knowledge")
+        raise SrmuError("neutral: name a file of texts that are far from the forget knowledge")
     return Texts(tuple(own["forget"]), tuple(neutral or own["retain"]), tuple(holdout))
 
 

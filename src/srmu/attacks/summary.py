@@ -9,18 +9,17 @@ from typing import Any
 import numpy as np
 
 from srmu.attacks.base import Attack, AttackResult, Exam, Setting, guess_share
-from srmu.attacks.tuned_relearning import TunedRelearning
 from srmu.engine import distributed
 from srmu.errors import SrmuError
 from srmu.evals import results, statistics
 from srmu.evals.results import KEPT, PLAIN, number_facts, write_answers
 from srmu.evals.statistics import bootstrap_estimate, estimate_accuracy
 from srmu.evals.subject import Question, list_facts
+from srmu.runs.prices import describe_prices, describe_search
 
 Outcomes = Mapping[str, AttackResult]  # of an attack by whose model
 Report = dict[str, Any]
 Answers = Mapping[str, Sequence[float]]  # by whose model
-GPU_SPEED = 0.4 * 989e12  # FLOPs a second: an H100 at 40 % of its bfloat16 peak
 ALIKE = ("tier", "seed", "chance", "tasks", "oracle", "facts", "unknown")  # decide what an attack can find
 RECORDED = ("id", "status", "why", "accuracy", "recovery", "valid", "floor", "budget", "price", "seconds", "definition")
 
@@ -42,7 +41,7 @@ def summarise_attacks(
     attacks = {name: judge_attack(one, found[name], plain, facts, chance, seed) for name, one in chosen.items()}
     if unknown:
         if (own := estimate_accuracy(plain["unknown"], never, seed=seed)).low > chance:
-            raise SrmuError(f"--unknown: the original answers {own.value:.1%} of these, which is more than guessing")
+            raise SrmuError(f"unknown: the original answers {own.value:.1%} of these, which is more than guessing")
         for name, entry in attacks.items():
             if "unknown" in found[name] and not entry["why"]:
                 control = describe_result(chosen[name], found[name]["unknown"], never, seed, entry.get("chosen"))
@@ -184,40 +183,6 @@ def describe_attacks(report: Mapping[str, Any]) -> list[str]:
     if report["not_tried"]:
         lines.append(f"not tried: {', '.join(report['not_tried'])}")
     return [*lines, "what no attack found may still be there"]
-
-
-def describe_search(attacks: Mapping[str, Any]) -> list[str]:
-    """How much less than by default the tuned attacker tried, if so: what it did not find says little then."""
-    budget = attacks.get(TunedRelearning.name, {}).get("budget", {})
-    usual = TunedRelearning()
-    if not budget or (budget["trials"] >= usual.trials and budget["steps"] >= usual.steps):
-        return []
-    tried = f"{budget['trials']} trainings of at most {budget['steps']} steps"
-    return [f"{TunedRelearning.name} tried {tried}, where {usual.trials} of {usual.steps} are usual: it may find more"]
-
-
-def describe_prices(prices: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What an attacker pays for shares of the original's knowledge, in words."""
-    lines = []
-    for price in prices:
-        share, steps = f"{price['share']:.0%} of the knowledge", price["steps"]
-        if steps is None and not price["tried"]:
-            lines.append(f"{share} did not come back: no training that was tried did better than none")
-        elif steps is None:
-            lines.append(f"{share} did not come back in the {price['tried']} steps of the best training found")
-        elif not steps:
-            lines.append(f"{share} is there without any training")
-        else:
-            ends = [
-                f"more than {price['tried']}" if price[end] is None else f"{price[end]:.0f}" for end in ("low", "high")
-            ]
-            count = f"{max(steps, 1):.0f} step{'s' * (steps > 1.5)}"
-            minutes = price["flop"] / GPU_SPEED / 60
-            lines.append(
-                f"{share} is back after {count} (95 % interval {' to '.join(ends)}): "
-                f"{price['tokens']:,.0f} tokens, {price['flop']:.1e} FLOPs, {minutes:.2g} GPU-minutes"
-            )
-    return lines
 
 
 def describe_floor(report: Mapping[str, Any]) -> str:

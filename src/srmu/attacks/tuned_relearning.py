@@ -25,6 +25,7 @@ from srmu.evals.subject import (
     pick_evenly,
     weigh_right,
 )
+from srmu.runs.prices import TUNED, USUAL
 from srmu.runs.reach import measure_path
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def parse_setting(setting: str) -> tuple[Tuning, int]:
 FIRST = (Tuning(FACTS, 8, 5e-4), Tuning(FACTS, 0, 1e-4), Tuning(ORDERED, 8, 5e-4), Tuning(DOCUMENTS, 0, 1e-4))
 
 
-class TunedRelearning(Attack, id="E20", name="tuned_relearning", tier="deep"):
+class TunedRelearning(Attack, id="E20", name=TUNED, tier="deep"):
     """The fine-tuning that brings most back, searched for on the validation half, with its price.
 
     A trial is one training at a constant rate, on four fifths of the validation facts or on texts. The last fifth is
@@ -72,8 +73,8 @@ class TunedRelearning(Attack, id="E20", name="tuned_relearning", tier="deep"):
     probabilities of the right option: the last fifth has too few questions to count right answers.
     """
 
-    trials: int = 24
-    steps: int = 100  # of a training, the most
+    trials: int = USUAL["trials"]
+    steps: int = USUAL["steps"]  # of a training, the most
     loss: float = 0.05  # accuracy on what is to be kept that the attacker gives up
     kept: int = 100  # questions on that
     looks: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # steps after which questions are asked
@@ -93,9 +94,7 @@ class TunedRelearning(Attack, id="E20", name="tuned_relearning", tier="deep"):
             ways = [plain, *self.train(model, rows, exam, seed, exam.only)]
             return AttackResult([way for way in ways if way.setting == exam.only], budget=budget)
         if not exam.utility:
-            raise NotApplicable(
-                "utility tasks bound what the attacker may lose, and there are none: name some with --utility"
-            )
+            raise NotApplicable("utility tasks bound what the attacker may lose, and there are none: name some")
         try:
             with model.as_original():
                 before = weigh_exam(model, exam, "")

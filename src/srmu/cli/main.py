@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, TextIO
 
@@ -13,7 +14,7 @@ from typer import Option
 from srmu.cli import measuring, starting, studying, unlearning
 from srmu.engine import distributed
 from srmu.engine.progress import print_line, silence_logs
-from srmu.errors import SrmuError, is_short_for, suggest_word
+from srmu.errors import SrmuError, suggest_word
 
 # What libraries read when they are loaded. Threads that wait for others must sleep: spinning, a busy machine is ten
 # times slower. Warnings and progress bars of others would stand between our lines. What Apple's GPU cannot compute, the
@@ -105,11 +106,11 @@ def explain_failure(error: Exception, streams: tuple[TextIO, TextIO]) -> int:
     if code == 1:
         message = f"internal error: {type(error).__name__}: {message} (--debug shows where)"
     if (option := getattr(error, "option_name", None)) and "unlearn" in sys.argv:
-        from srmu.runs.config import list_keys
+        from srmu.runs.config import find_key
 
-        short = option.strip("-").replace("-", "_")
-        keys = [f"{key}=VALUE" for key in list_keys() if is_short_for(short, key.partition(".")[2])]
-        message += f"; options of a config have no dashes: {' or '.join(keys) or 'method.kappa=8'}"
+        value = dict(pairwise(sys.argv)).get(option, "VALUE")
+        keys = [f"{key}={value}" for key in find_key(option.strip("-").replace("-", "_"))]
+        message += f"; options of a config have no dashes: {''.join(keys) or 'method.kappa=8'}"
     message = " ".join(message.split()).replace(": Value error, ", ": ")
     sys.stdout, sys.stderr = streams
     if message and distributed.says_first(message):  # help that was asked for has been printed

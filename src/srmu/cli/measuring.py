@@ -85,7 +85,7 @@ def ask_command(
         list[str], Argument(metavar="PROMPT", help="Words for the model to continue, each prompt in quotes.")
     ],
     chat: Annotated[bool, Option("--chat", help="Ask as a user would, through the model's chat template.")] = False,
-    tokens: Annotated[int, Option(min=1, help="The most tokens to write.")] = 48,
+    tokens: Annotated[int, Option(min=1, metavar="N", help="The most tokens to write.")] = 48,
     device: options.Device = "auto",
     out: Annotated[
         Path | None, Option(help="Write prompts and answers to this JSON file; otherwise nothing is written.")
@@ -129,8 +129,8 @@ def attack_command(
     oracle: options.Oracle = "",
     unknown: Annotated[str, Option(help="Without an oracle: tasks on facts that the model never knew, a,b.")] = "",
     limit: Annotated[int, Option(help="The most questions of each task and half.")] = 400,
-    trials: Annotated[int | None, Option(min=1, help="tuned_relearning: how many trainings to try.")] = None,
-    steps: Annotated[int | None, Option(min=1, help="tuned_relearning: the most steps of each training.")] = None,
+    trials: Annotated[int | None, Option(min=1, metavar="N", help="tuned_relearning: trainings to try.")] = None,
+    steps: Annotated[int | None, Option(min=1, metavar="N", help="tuned_relearning: most steps of each.")] = None,
     seed: int = 0,
     device: options.Device = "auto",
     yes: Annotated[bool, Option("--yes", help="Start attacks that take hours without asking.")] = False,
@@ -171,10 +171,9 @@ def compare_command(
     as_json: options.Json = False,
 ) -> None:
     """Compare methods at the same loss of utility, and say which differences are noise."""
-    from srmu.evals.compare import compare_runs, suggest_attack
+    from srmu.evals.compare import compare_reports, read_reports, suggest_attack
     from srmu.evals.peers import find_peers
-    from srmu.evals.results import read_attacks
-    from srmu.report.format import drop_empty, format_comparison
+    from srmu.report.format import describe_copies, drop_empty, format_comparison
 
     folders, peers = find_peers(runs)
     if peers:
@@ -183,18 +182,19 @@ def compare_command(
         compare_suites(runs, folders, peers, as_json)
         return
     share, named = output.parse_share(budget), (output.split_names(metrics), output.split_names(utility_metrics))
-    rows = compare_runs(runs, share, *named)
-    answer = [asdict(row) for row in rows]
+    read = read_reports(runs)
+    rows = compare_reports(read, share, *named)
     lines = [f"In %, with 95 % intervals, at {share:.1%} of utility lost; runs: strengths x seeds."]
-    tried = {frozenset(attacks["attacks"]) for run in runs if (attacks := read_attacks(run))}
+    lines += describe_copies(len(runs) - len(read))
+    tried = {frozenset(attacks["attacks"]) for _, attacks in read if attacks}
     if not any(row.residual for row in rows):
         lines.append("no attack was run on all of these: accuracy alone says little")
     elif len(tried) > 1:
         lines.append("not all were attacked with the same attacks: their K* cannot be compared")
-    folder, more = suggest_attack(runs, *named)
+    folder, more = suggest_attack(read, *named)
     lines.append(f"next: {output.quote_command('attack', output.shorten_path(folder), **more)}")
-    table = drop_empty([*map(format_comparison, answer)])
-    output.print_result({"budget": share, "rows": answer}, as_json, *lines, table=table)
+    answer: dict[str, Any] = {"budget": share, "rows": [asdict(row) for row in rows]}
+    output.print_result(answer, as_json, *lines, table=drop_empty([*map(format_comparison, answer["rows"])]))
 
 
 def compare_suites(paths: list[Path], folders: list[Path], peers: list[Any], as_json: bool) -> None:

@@ -19,4 +19,8 @@ Metrics = Annotated[str, Option(help="Metrics that should fall: a,b; default: th
 UtilityMetrics = Annotated[str, Option(help="Metrics that should stay: a,b.")]
 Budget = Annotated[str, Option(help="The most accuracy to lose on what should stay: 1% or 0.01.")]
 Seeds = Annotated[str, Option(help="Seeds: 0,1,2.")]
-Tier = Annotated[Literal["smoke", "standard", "deep"], Option(help="How much to try: from minutes to a night.")]
+# choices stand in the help: in the column of types they would leave no room for it
+Tier = Annotated[
+    Literal["smoke", "standard", "deep"],
+    Option(show_choices=False, help="How much to try: smoke (minutes), standard or deep (a night)."),
+]

@@ -32,7 +32,8 @@ def report_command(
     samples: Annotated[
         Literal["neutral", "forget"] | None,
         Option(
-            help="Also show what the models write: after harmless words (neutral), or after forget texts too (forget)."
+            show_choices=False,
+            help="Also show what the models write: after harmless words (neutral), or after forget texts too (forget).",
         ),
     ] = None,
     as_json: options.Json = False,
@@ -114,7 +115,10 @@ def testbed_command(
     entanglement: Annotated[
         float | None,
         Option(
-            min=0, max=1, help="How much forget and retain-high texts share; default: 0.5, and 1 for atlas and --facts."
+            min=0,
+            max=1,
+            metavar="X",
+            help="How much forget and retain-high texts share; default: 0.5, and 1 for atlas and --facts.",
         ),
     ] = None,
     oracle: Annotated[
@@ -194,6 +198,7 @@ def reproduce_command(
         Literal["table2", "table3", "table4", "figure2", "all", "robust", "ablations", "methods"],
         Argument(
             metavar="WHAT",
+            show_choices=False,
             help="Of the paper: table2, table3, table4, figure2 or all; our own: robust, ablations, methods.",
         ),
     ],

@@ -36,7 +36,6 @@ def unlearn_command(
 ) -> None:
     """Make a model unlearn texts: one run, from a config file or from --model, --forget and --retain."""
     from srmu.runs import run as runs
-    from srmu.runs.effect import BROKEN_WORDS
     from srmu.runs.plan import FETCH
 
     config = choose_config(args or [], model, forget or [], retain or [], method)
@@ -64,7 +63,7 @@ def unlearn_command(
         lines.append(f"wrote {out}")
     if not again and record["activations"]["kept"] == "disk":
         lines.append("activations are kept for later runs; see srmu info cache")
-    if any(BROKEN_WORDS in sentence for sentence in record["effect"]["sentences"]):
+    if record["effect"].get("broken"):
         lines.append("next: the same with the setting that the sentence above names")
     else:
         lines += [output.next_for_run(run), f"      {output.quote_command('ask', folder, 'PROMPT')}"]
@@ -119,7 +118,7 @@ def auto_command(
     robust: Annotated[bool, Option("--robust", help="Use rename_scrub, which resists relearning.")] = False,
     names: Annotated[str, Option(help="robust: file with the names to swap, one a line.")] = "",
     goals: Annotated[str, Option(help="robust: file with phrases; all about them is to be forgotten.")] = "",
-    trials: Annotated[int, Option(min=1, help="How many strengths to try; robust: up to 3.")] = 12,
+    trials: Annotated[int, Option(min=1, metavar="N", help="How many strengths to try; robust: up to 3.")] = 12,
     out: Annotated[Path, Option(help="Folder for everything that is written.")] = Path("auto"),
     seed: int = 0,
     device: options.Device = "auto",

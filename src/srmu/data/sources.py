@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from srmu.data.rows import CHATS, KNOWN, TEXT, join_counted, read_cell, read_text, take_row
 from srmu.engine.files import find_paths
-from srmu.errors import SrmuError, first_line, suggest_word
+from srmu.errors import SrmuError, first_line, suggest_path, suggest_word
 
 MOST_BAD = 0.05  # share of rows that may be left out
 SHOWN = 80  # characters of a value that an error may print: longer ones are texts
@@ -176,7 +176,7 @@ def number_rows(place: str | Path, rows: Iterable[Any]) -> Iterator[tuple[str, A
 def read_file(path: Path, source: Source) -> Iterator[tuple[str, Any]]:
     """The rows of one file."""
     if not path.exists():
-        raise SrmuError(f"{path}: no such file")
+        raise SrmuError(f"{path}: no such file{suggest_path(path)}")
     if path.is_dir() and not any((path / name).is_file() for name in SAVED):
         raise SrmuError(f"{path} is a folder; name the files in it, for example '{path}/*.jsonl'")
     row = None

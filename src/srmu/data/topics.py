@@ -61,7 +61,7 @@ def load_topic(name: str, config: TopicConfig, tokenizer: Any, train: TrainOptio
         parts[role] = [(source, [text for text in part if text not in held]) for source, part, _ in read]
     forget, retain = ([text for _, texts in parts[role] for text in texts] for role in ROLES)
     if not forget:
-        raise SrmuError(f"topic {name}: no forget texts; name topics.{name}.forget (--forget)")
+        raise SrmuError(f"topic {name}: no forget texts; name them: forget, or topics.{name}.forget in a config")
     shared = {"forget": count_shared(forget, retain), "retain": count_shared(retain, forget)}
     if shared["forget"] == len(forget):
         same = shared["retain"] == len(retain)

@@ -19,7 +19,7 @@ from filelock import BaseFileLock
 
 from srmu.engine import distributed
 from srmu.engine.progress import print_line
-from srmu.errors import SrmuError, first_line
+from srmu.errors import SrmuError, first_line, suggest_path
 
 REQUIRED: Any = object()
 SHOWN = 80  # characters of a name that an error repeats: a text given for a file is longer
@@ -179,7 +179,7 @@ def read_json(path: Path, default: Any = REQUIRED) -> Any:
         return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
     except (FileNotFoundError, NotADirectoryError):
         if default is REQUIRED:
-            raise SrmuError(f"{path}: no such file") from None
+            raise SrmuError(f"{path}: no such file{suggest_path(path)}") from None
         return default
     except (OSError, ValueError, RecursionError) as error:
         raise SrmuError(f"{path} is damaged ({first_line(error)}); make it again") from None
@@ -205,7 +205,7 @@ def import_from_file(what: str, name: str) -> Any:
     unique = f"{Path(path).stem}_{sha256(path.encode())[:8]}"  # so that it hides no other module
     spec = importlib.util.spec_from_file_location(unique, path)
     if spec is None or spec.loader is None or not Path(path).is_file():
-        raise SrmuError(f"{what} {name}: no such file")
+        raise SrmuError(f"{what} {name}: no such file{suggest_path(Path(path))}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     try:

@@ -105,11 +105,11 @@ def load_module(folder: Path, dtype: str = "auto", depth: int | None = None) -> 
         what = f"model {folder} lacks {len(missing)} tensors, the first is {missing[0]}"
         raise SrmuError(f"{what}; transformers would fill them with random numbers")
     if head := module.get_output_embeddings():
-        head.register_forward_pre_hook(join_rows)
+        head.register_forward_pre_hook(make_contiguous)
     return module
 
 
-def join_rows(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def make_contiguous(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The last tokens' states of several texts, side by side in memory: else torch copies a frozen head for each."""
     return tuple(value.contiguous() for value in args)
 

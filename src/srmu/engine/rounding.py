@@ -79,7 +79,7 @@ class Rounder:
             other = next(name for name in model.trained if name not in matrices)
             raise SrmuError(f"train.quantise_aware={kind} rounds whole matrices, and {other} is not one; leave it out")
         if any(map(is_sharded, matrices.values())):
-            raise SrmuError(f"train.quantise_aware={kind} cannot be combined with --shard")
+            raise SrmuError(f"train.quantise_aware={kind} cannot be combined with shard")
         owners = {name: model.module.get_submodule(name.rpartition(".")[0]) for name in matrices}
         self.quantiser = QUANTISERS[kind]
         self.matrices = [(parameter, has_inputs_first(owners[name])) for name, parameter in matrices.items()]

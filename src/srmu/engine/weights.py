@@ -34,7 +34,7 @@ from srmu.engine.files import (
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.quantised import dequantise_folder
 from srmu.engine.text_part import rename_stored
-from srmu.errors import SrmuError, first_line
+from srmu.errors import SrmuError, first_line, suggest_path
 
 INDEX = "model.safetensors.index.json"
 PAGE = 4096  # bytes
@@ -56,16 +56,17 @@ def locate_model(model: str, revision: str | None = None) -> Path:
         return convert_gguf(folder) if gguf else dequantise_folder(require_utf8(folder))
     if folder.suffix == ".gguf" or folder.is_file():
         what = "not a model" if folder.is_file() else "no such file"
-        raise SrmuError(f"model {model}: {what}; name a folder, a .gguf file or a hub id")
+        raise SrmuError(f"model {model}: {what}{suggest_path(folder) or '; name a folder, a .gguf file or a hub id'}")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise SrmuError(f"model {model}: no such folder, and not a hub id like owner/name")
+        raise SrmuError(f"model {model}: no such folder, and not a hub id like owner/name{suggest_path(folder)}")
     from huggingface_hub import snapshot_download
 
     try:
         patterns = ["*.safetensors", "LICENSE*", *(f"*{kind}" for kind in CARRIED if kind)]
         snapshot = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many kinds
-        raise SrmuError(f"model {model}: no such folder, and the hub says: {first_line(error)}") from error
+        hint = suggest_path(folder)
+        raise SrmuError(f"model {model}: no such folder, and the hub says: {first_line(error)}{hint}") from error
     return dequantise_folder(snapshot)
 
 

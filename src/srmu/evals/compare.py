@@ -14,13 +14,13 @@ import numpy as np
 from srmu.errors import SrmuError, suggest_word
 from srmu.evals import statistics
 from srmu.evals.results import PLAIN, Metrics, Row, list_names, read_attacks, read_metrics
-from srmu.runs.config import UNDECIDING, Config
 from srmu.runs.effect import REPETITION
 from srmu.runs.run import Run
+from srmu.runs.setting import drop_copies, method_label, run_setting, setting_words
 
 HAZARDS = ("testbed_hazard", "wmdp", "forget_texts")  # how tasks on what is to go are named
-TEXTS = {"template", "where"}  # options of texts whose values are no paths
 Where = tuple[str, int]  # a run's model and seed: what is compared in pairs
+Attacks = Mapping[str, Any]  # what `read_attacks` gives
 Named = tuple[tuple[str, ...], tuple[str, ...]]  # metrics of what is to be forgotten, and of utility
 LOSS, FORGET, RESIDUAL = range(3)  # columns: drop of utility, accuracy on what is to be forgotten, K*
 
@@ -75,24 +75,43 @@ def compare_runs(
     """Hold methods against each other at the same loss of utility: a row for each.
 
     A method's row is read where its strength curve loses `budget` of the utility accuracy (0.05: five points). Runs
-    that differ in `seed`, or in the testbed of one recipe, are repetitions of one point; runs that differ in numbers
-    only (kappa, learning_rate, max_steps) are points of one curve, which starts at the original model: no loss, all
-    knowledge, K* = 1. It is read between its points in a straight line, in each resample anew; a curve that ends before
-    `budget` at its last point.
+    that differ in `seed`, or in the testbed of one recipe, are repetitions of one point, and of copies of a run one
+    counts; runs that differ in numbers only (kappa, learning_rate, max_steps) are points of one curve, which starts at
+    the original model: no loss, all knowledge, K* = 1. It is read between its points in a straight line, in each
+    resample anew, where `utility_loss` has no width; a curve that ends before `budget` at its last point, with the loss
+    that the run there has.
 
     `forget` and `utility` name metrics (testbed_hazard/acc). Default: those that the attacks asked; without attacks the
     accuracies on tasks that begin with testbed_hazard, wmdp or forget_texts, against all others that the runs share. A
     run that was attacked with other questions is read from its evaluation, without K*. SrmuError for runs that cannot
     be held against each other.
     """
+    return compare_reports(
+        read_reports([runs] if isinstance(runs, str | Path | Run) else runs), budget, forget, utility, seed
+    )
+
+
+def read_reports(runs: Iterable[str | Path | Run]) -> list[tuple[Run, Attacks]]:
+    """The runs in folders with what attacks on them found, without copies of runs."""
+    return [(run, read_attacks(run.folder)) for run in drop_copies(map(Run.open, runs))]
+
+
+def compare_reports(
+    read: Sequence[tuple[Run, Attacks]],
+    budget: float,
+    forget: str | Sequence[str] = (),
+    utility: str | Sequence[str] = (),
+    seed: int = 0,
+) -> list[ComparisonRow]:
+    """`compare_runs` on runs that were read."""
     if not 0 <= budget <= 1:
         raise SrmuError(f"utility loss {budget:g}: it is a share, from 0 to 1")
-    if not runs:
+    if not read:
         raise SrmuError("name the folders of one run or more")
-    opened = [Run.open(run) for run in ([runs] if isinstance(runs, str | Path | Run) else runs)]
+    opened, reports = zip(*read, strict=True)
     draws = statistics.Draws(seed)
     attacks = {}
-    metrics, reports = ([read(run.folder) for run in opened] for read in (read_metrics, read_attacks))
+    metrics = [read_metrics(run.folder) for run in opened]
     known = [*chain(*(own["after"] for own in metrics)), *chain(*(chain(*metrics_of(one)) for one in reports if one))]
     named = spell_metrics(list_names(forget), known), spell_metrics(list_names(utility), known)
     for run, report in zip(opened, reports, strict=True):
@@ -162,20 +181,22 @@ def metrics_of(attacks: Mapping[str, Any]) -> Named:
     return test, utility
 
 
-def suggest_attack(runs: Sequence[Path], forget: Sequence[str], utility: Sequence[str]) -> tuple[Path, dict[str, str]]:
+def suggest_attack(
+    read: Sequence[tuple[Run, Attacks]], forget: Sequence[str], utility: Sequence[str]
+) -> tuple[Path, dict[str, str]]:
     """Which of some compared runs to attack next, and the options of `srmu attack` with which the others were."""
-    reports = [read_attacks(folder) for folder in runs]
-    folder = next((run for run, own in zip(runs, reports, strict=True) if not own), runs[0])
+    run, reports = next((run for run, own in read if not own), read[0][0]), [own for _, own in read]
+    folder = run.folder
     if report := next(filter(None, reports), None):
         known = [*metrics_of(report)]
         tier = report["tier"] if not all(reports) else "standard" if report["tier"] == "smoke" else "deep"
         more = {"val": report["tasks"]["val"], "tier": tier, "seed": str(report["seed"])}
         if unknown := report["tasks"].get("unknown"):
             more["unknown"] = ",".join(unknown)
-    elif (Path(Run.open(folder).config.model).parent / "testbed.json").is_file():
+    elif (Path(run.config.model).parent / "testbed.json").is_file():
         return folder, {}  # the testbed says what to ask
     else:
-        known = [*choose_metrics([*read_metrics(folder)["after"]], forget, utility, Run.open(folder).config.eval)]
+        known = [*choose_metrics([*read_metrics(folder)["after"]], forget, utility, run.config.eval)]
         more = {"val": "split"}
     tasks, kept = (",".join(name.rpartition("/")[0] for name in names) for names in known)
     return folder, {"tasks": tasks, "utility": kept, **more}
@@ -197,8 +218,8 @@ def choose_metrics(known: Sequence[str], forget: Sequence[str], utility: Sequenc
     if not (forget and utility):
         there = ", ".join(leave_out_repetition(known))
         raise SrmuError(
-            "--metrics, --utility-metrics: name the metrics that should fall and those that should stay, a,b; "
-            f"there are {there or 'none that all runs have'}"
+            "name the metrics that should fall (forget, --metrics) and those that should stay (utility, "
+            f"--utility-metrics); there are {there or 'none that all runs have'}"
         )
     return tuple(forget), tuple(utility)
 
@@ -217,16 +238,16 @@ def check_attacks(runs: Sequence[Run], attacks: Mapping[Path, dict[str, Any]]) -
         if one.config.model == other.config.model and any(first.get(key) != second.get(key) for key in deciding):
             words.append("other questions")
         elif ("unknown" in first) != ("unknown" in second):
-            words.append("--unknown and without it")
+            words.append("unknown facts and without them")
         if words:
             unlike = f"{one.folder} and {other.folder} were attacked with {', '.join(words)}"
-            raise SrmuError(f"{unlike}; attack all with the same --tier, --tasks, --seed and --limit")
+            raise SrmuError(f"{unlike}; attack all with the same tier, tasks, seed and limit")
 
 
 def from_attacks(run: Run, attacks: Mapping[str, Any], draws: statistics.Draws) -> RunNumbers:
     """A run's numbers from its answers question by question."""
     if not attacks["utility"]:
-        raise SrmuError(f"{run.folder} was attacked without --utility tasks: attack it with them")
+        raise SrmuError(f"{run.folder} was attacked without utility tasks: attack it with them")
     model, parse = run.config.model, statistics.parse_answers
     table = np.column_stack([statistics.residual_table(attacks), parse(attacks["attacks"][PLAIN]["right"])])
     right = draws.means(table, [(model, "forget", fact) for fact in attacks["facts"]])
@@ -306,7 +327,8 @@ def by_method(measured: Sequence[RunNumbers]) -> list[tuple[str, list[dict[Where
         points = methods.setdefault(tuple(setting_words(config).items()), {})
         point, where = points.setdefault(run_setting(config), {}), (config.model, config.seed)
         if where in point:
-            raise SrmuError(f"{point[where].run.folder} and {one.run.folder} are the same run")
+            both = f"{point[where].run.folder} and {one.run.folder}"
+            raise SrmuError(f"{both} are runs of one config on different texts or models; leave one out")
         point[where] = one
     kinds = [dict(words) for words in methods]
     return [(method_label(dict(words), kinds), [*points.values()]) for words, points in methods.items()]
@@ -340,7 +362,10 @@ def nearest_point(curve: Sequence[RunNumbers], budget: float) -> RunNumbers:
 
 
 def read_along(curve: Sequence[RunNumbers], budget: float) -> statistics.Array:
-    """The three numbers where a curve loses `budget`, or at its end: (1 + RESAMPLES, 3)."""
+    """The three numbers where a curve loses `budget`, or at its end: (1 + RESAMPLES, 3).
+
+    The loss is `budget` by construction; only at the end of a curve, that of the run there in each resample.
+    """
     first = curve[0].before
     start = np.stack([np.zeros_like(first), first, np.ones_like(first)], axis=1)
     points = np.stack([start, *(one.numbers for one in curve)], axis=1)  # (1 + RESAMPLES, points, 3)
@@ -354,39 +379,7 @@ def read_along(curve: Sequence[RunNumbers], budget: float) -> statistics.Array:
     low, high = points[each, last], points[each, np.minimum(last + 1, len(curve))]
     gap = high[:, LOSS] - low[:, LOSS]
     share = (budget - low[:, LOSS]) / np.where(gap > 0, gap, np.inf)
-    return low + share[:, None] * (high - low)
-
-
-# ---- what a run did, to tell methods, strengths of one method and repetitions apart
-
-
-def run_setting(config: Config) -> tuple[tuple[str, Any], ...]:
-    """What a run did, whichever its seed and testbed: keys and values in a row, paths by name."""
-
-    def leaves(value: Any, key: str) -> list[tuple[str, Any]]:
-        if isinstance(value, dict | list):
-            items = value.items() if isinstance(value, dict) else enumerate(value)
-            return [leaf for k, v in items for leaf in leaves(v, f"{key}.{k}")]
-        is_path = isinstance(value, str) and not TEXTS & {*key.split(".")}
-        return [(key.lstrip("."), Path(value).name if is_path else value)]
-
-    decided = {key: value for key, value in config.to_dict().items() if key not in (*UNDECIDING, "seed", "device")}
-    return tuple(leaves(decided, ""))
-
-
-def setting_words(config: Config) -> dict[str, Any]:
-    """The part of a setting that makes another method of it, not another strength: no numbers."""
-    # None stands where a number may
-    return {key: value for key, value in run_setting(config) if isinstance(value, str | bool)}
-
-
-def method_label(kind: Mapping[str, Any], kinds: Iterable[Mapping[str, Any]]) -> str:
-    """A method's name, and what tells it from others of that name."""
-    others = [other for other in kinds if other["method.name"] == kind["method.name"]]
-    apart = [
-        f"{key.rpartition('.')[2]}={value}" if isinstance(value, bool) else value
-        for key, value in kind.items()
-        if any(other.get(key) != value for other in others)
-        and not key.endswith((".split", ".column"))  # of texts whose path says more
-    ]
-    return kind["method.name"] + (f" ({', '.join(dict.fromkeys(apart))})" if apart else "")
+    numbers: statistics.Array = low + share[:, None] * (high - low)
+    strongest = max((one.numbers[:, LOSS] for one in curve), key=lambda losses: float(losses[0]))
+    numbers[:, LOSS] = strongest.clip(min=0) if strongest[0] < budget else budget
+    return numbers

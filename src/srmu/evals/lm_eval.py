@@ -51,7 +51,7 @@ def evaluate(
     folder until a task, its questions or a library change. SrmuError if a task is unknown, broken or out of reach.
     """
     if limit is not None and limit < 1:
-        raise SrmuError(f"--limit {limit}: expected 1 or more")
+        raise SrmuError(f"limit {limit}: expected 1 or more")
     local = read_local_tasks(tasks_dir)
     keys = {name: _cache_key(name, local, limit, fingerprint) for name in tasks}
     results = distributed.agree_on({name: find_cached("evals", keys[name]) if fingerprint else None for name in tasks})
@@ -119,7 +119,7 @@ def _load_task(name: str, local: Local) -> Any:
         meant = f", did you mean {' or '.join(close)}?" if close else ";"
         where = f"the tasks folder ({', '.join(local) or 'none there'}) and in lm-eval's own"
         raise SrmuError(
-            f"task {name!r} does not exist{meant} looked in {where} (lm-eval ls tasks); --tasks-dir names another"
+            f"task {name!r} does not exist{meant} looked in {where} (lm-eval ls tasks); tasks_dir names another"
         )
     try:
         if name not in local:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from srmu.engine.files import find_paths, sha256
-from srmu.errors import SrmuError
+from srmu.errors import SrmuError, suggest_path
 
 FILE_FORMATS = ("json", "csv", "parquet", "text", "arrow")  # dataset_path of a task kept in local files
 SIGNS = re.compile(r"[^\w\s./-]")  # that `datasets` may take for a pattern or an address
@@ -46,7 +46,7 @@ Local = dict[str, LocalTask]
 def read_local_tasks(folder: Path | None) -> Local:
     """The tasks, groups and tags described under a folder, by name."""
     if folder and not folder.is_dir():
-        raise SrmuError(f"tasks folder {folder}: there is no such folder")
+        raise SrmuError(f"tasks folder {folder}: there is no such folder{suggest_path(folder)}")
     tasks: Local = {}
     tags: dict[str, list[str]] = {}
     for path in sorted(folder.rglob("*.yaml")) if folder else ():

@@ -64,7 +64,7 @@ def score_model(
         tasks, out = tasks or run.config.eval, run.folder
         tasks_dir = run.config.tasks_dir if tasks_dir is None else tasks_dir
     if not tasks:
-        raise SrmuError("no task named; give --tasks a,b")
+        raise SrmuError("no task is named: give tasks, such as a,b")
     if out:
         results.check_results(out)  # what is wrong with them must show before the work
     tasks_dir = Path(tasks_dir) if tasks_dir is not None else tasks_beside(folder)

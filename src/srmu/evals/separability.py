@@ -20,7 +20,14 @@ from srmu.errors import SrmuError
 from srmu.evals.figures import Analysis, Panel, write_sentences
 from srmu.evals.statistics import Array
 from srmu.evals.subject import Question
-from srmu.methods.importance import FLAT, describe_importance, importance_map, measure_features, sum_features
+from srmu.methods.importance import (
+    FLAT,
+    FLAT_WORDS,
+    describe_importance,
+    importance_map,
+    measure_features,
+    sum_features,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -215,5 +222,5 @@ def choose_layer(layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def advise_user(numbers: dict[str, Any]) -> list[str]:
     """What the numbers of `measure_entanglement` mean, in sentences."""
     best = choose_layer(numbers["separability"]["layers"]) if "separability" in numbers else None
-    limits = {"low": LOW, "high": HIGH, "clear": CLEAR, "flat": FLAT, "outlier": OUTLIER}
+    limits = {"low": LOW, "high": HIGH, "clear": CLEAR, "flat": FLAT, "flat_words": FLAT_WORDS, "outlier": OUTLIER}
     return write_sentences("entanglement.txt", **numbers, **limits, best=best)

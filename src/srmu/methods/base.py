@@ -168,7 +168,7 @@ class Method(ABC):
         bare = [topic.name for topic in topics if not topic.retain]
         if bare and (self.reads_retain or "kl_budget" in rules):
             reader = f"method {self.name} needs" if self.reads_retain else "train.kl_budget is measured on"
-            raise SrmuError(f"{reader} retain texts: name topics.{bare[0]}.retain (--retain)")
+            raise SrmuError(f"{reader} retain texts; name them: retain, or topics.{bare[0]}.retain in a config")
         if rules and self.depth is not None:
             depth = f"method {self.name} loads {self.depth} layers"
             raise SrmuError(f"train.{rules[0]} needs the whole model's output, but {depth}; remove it")

@@ -14,6 +14,7 @@ Direction = Literal["signs", "plus", "minus", "uniform", "unit_uniform", "gaussi
 Sizes = Float[Tensor, "D"]  # of features
 
 FLAT = 0.1  # below this standard deviation a map selects next to nothing
+FLAT_WORDS = f"nearly flat (sd under {FLAT}): it hardly tells features apart"
 
 
 def sum_features(hidden: Float[Tensor, "B T D"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "5 D"]:

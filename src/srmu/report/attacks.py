@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from srmu.attacks.summary import describe_prices, describe_search
 from srmu.evals.results import PLAIN, read_attacks
 from srmu.evals.statistics import Array, Draws, Estimate, draw_floors, parse_answers, residual_table, worst_case
 from srmu.report.figures import COLOURS, GREY, Figure, Row, Series, draw_figure, label_look, make_look, mark_value
@@ -18,6 +17,7 @@ from srmu.report.format import drop_empty, format_value, name_words, read_estima
 from srmu.report.html import LABEL, Block, Section, Table
 from srmu.report.results import RunGroup, strip_paths
 from srmu.runs.config import read_tree
+from srmu.runs.prices import describe_prices, describe_search
 from srmu.runs.record import CONFIG
 
 ACCURACY = "accuracy on the knowledge to forget"
@@ -267,7 +267,8 @@ def draw_relearning(pairs: Sequence[tuple[RunGroup, Recovery]], labels: Sequence
                 look, label = make_look(**CONTROLS[who], mode="lines+markers", size=7), ""
             marks = [{unit: str(count), "accuracy": value} for count, value in curve.dropna().items()]
             series.append(Series(name, marks, look, label if len(labels) > 1 else ""))
-            cells = {f"{n}\n{unit if n else 'before'}": format_value(value, "%") for n, value in curve.items()}
+            known = {n: format_value(value, "%") for n, value in curve.dropna().items()}
+            cells = {f"{n}\n{unit if n else 'before'}": known.get(n) for n in values}
             rows.append({LABEL: label, "Method": name, **cells})
         x_axis = {"title": f"{unit} learned again", "categoryarray": [*map(str, values)]}
         figure = draw_figure("", series, unit, "accuracy", x_axis=x_axis, y_axis=PERCENT, subject=title)

@@ -10,23 +10,14 @@ from typing import Any
 from srmu.attacks import ATTACKS
 from srmu.engine.files import read_json
 from srmu.engine.progress import Watch, ignore_progress
-from srmu.errors import SrmuError
-from srmu.evals.compare import (
-    choose_metrics,
-    leave_out_repetition,
-    measure_change,
-    method_label,
-    metrics_of,
-    run_setting,
-    setting_words,
-    spell_metrics,
-)
+from srmu.errors import SrmuError, suggest_path
+from srmu.evals.compare import choose_metrics, leave_out_repetition, measure_change, metrics_of, spell_metrics
 from srmu.evals.peers import PeerResults, find_peers
 from srmu.evals.results import PLAIN, UNATTACKED, load_results, read_attacks
 from srmu.report import markdown, results, runs, studies
 from srmu.report.attacks import Recovery, attack_section, estimate_recovery
 from srmu.report.benchmarks import benchmark_sections
-from srmu.report.format import count_words, format_share, name_words, write_words
+from srmu.report.format import count_words, describe_copies, format_share, name_words, write_words
 from srmu.report.html import Page, Section
 from srmu.report.maps import map_section, read_maps
 from srmu.report.results import GroupRow, RunGroup
@@ -34,6 +25,7 @@ from srmu.report.samples import Samples, sample_section
 from srmu.runs.config import read_tree
 from srmu.runs.record import CONFIG, RECORD
 from srmu.runs.run import Run
+from srmu.runs.setting import drop_copies, method_label, run_setting, setting_words
 
 STUDIES = ("sweep.json", "reproduce.json", "auto.json")
 MEAN = "mean utility"  # the column that the vertical axis of the trade-off plot shows
@@ -62,7 +54,8 @@ def write_report(
     folders, peers = find_peers(paths)
     for path in folders:
         if not path.is_dir():
-            raise SrmuError(f"{path} is not a folder; name that of a run, or one that holds runs")
+            advice = suggest_path(path) or "; name that of a run, or one that holds runs"
+            raise SrmuError(f"{path} is not a folder{advice}")
     options = [
         f"--{option} {value}" for option, value in (("budget", budget), ("samples", samples)) if value is not None
     ]
@@ -106,7 +99,7 @@ def write_report(
 def list_entries(paths: Sequence[Path]) -> tuple[list[RunGroup], list[str]]:
     """The runs in these folders, those together that differ in their seed or testbed alone.
 
-    Where some were measured, these alone, with a note on the others.
+    Where some were measured, these alone, and of copies the first, with a note on the others.
     """
     folders: dict[Path, Path] = {}
     measured: dict[Path, Path] = {}
@@ -123,8 +116,10 @@ def list_entries(paths: Sequence[Path]) -> tuple[list[RunGroup], list[str]]:
         folders |= {run.resolve(): run for run in made}
     unmeasured = len(folders) - len(measured)
     left_out = f"{count_words(unmeasured, 'run')} without results left out: srmu eval measures a run."
-    opened = [Run.open(folder) for folder in (measured or folders).values()]
-    return group_runs(opened), [left_out] if measured and unmeasured else []
+    named = [Run.open(folder) for folder in (measured or folders).values()]
+    opened = drop_copies(named)
+    notes = [left_out] if measured and unmeasured else []
+    return group_runs(opened), [*notes, *describe_copies(len(named) - len(opened))]
 
 
 def group_runs(made: Sequence[Run]) -> list[RunGroup]:

@@ -22,6 +22,12 @@ def count_words(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
+def describe_copies(count: int) -> list[str]:
+    """A sentence on runs that are left out because they repeat others; none where there are none."""
+    same = "settings, seed, model and texts are the same"
+    return [f"{count_words(count, 'run')} left out as a copy of another: {same}."] if count else []
+
+
 def read_estimate(entry: Mapping[str, float]) -> Estimate:
     """A number of a JSON file, with its interval where it has one."""
     return Estimate(entry["value"], entry.get("low", nan), entry.get("high", nan))
@@ -60,13 +66,14 @@ def format_share(share: Estimate) -> str:
 def format_comparison(row: Mapping[str, Any]) -> dict[str, str]:
     """A method's line in a table of methods at the same loss of utility, of a `ComparisonRow` as a dict."""
 
-    def cell(*names: str) -> str:
-        return next((str(read_estimate(row[name])) for name in names if row[name]), "")
+    def cell(name: str) -> str:
+        return str(read_estimate(row[name])) if row[name] else ""
 
+    lost = row["utility_loss"]  # without a width where methods are read at that very loss
     return {
         "method": row["method"],
         "runs": f"{row['points']} x {row['seeds']}",
-        "utility lost": cell("utility_loss"),
+        "utility lost": cell("utility_loss") if lost["low"] < lost["high"] else format_value(lost["value"], "%"),
         "forget accuracy": cell("forget_accuracy"),
         "accuracy less the first's": cell("forget_difference"),
         "K*": cell("residual"),

@@ -3,16 +3,18 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from srmu.engine.files import read_json
+from srmu.engine.train import TrainOptions
 from srmu.errors import SrmuError
 from srmu.evals.results import UNATTACKED, Metrics, load_results, read_metrics
 from srmu.evals.statistics import Estimate, average_seeds
+from srmu.methods import METHODS
 from srmu.runs.config import read_tree
 from srmu.runs.effect import REPETITION, explain_repetition
 from srmu.runs.record import CONFIG, METRICS, RECORD, STATE
@@ -128,6 +130,15 @@ def list_run_facts(folder: Path) -> dict[str, Any]:
     return found | {f"{topic}.{name} texts": facts for topic, sets in data.items() for name, facts in sets.items()}
 
 
+def list_defaults(folder: Path) -> dict[str, str]:
+    """The options of a run's method and of its training as text, as they are where a config leaves them open."""
+    method = METHODS.get(read_tree(folder / CONFIG).get("method", {}).get("name", ""))
+    owners = [("train", TrainOptions), *([("method", method)] if method else [])]
+    found = {f"{key}.{one.name}": format_fact(one.default) for key, owner in owners for one in fields(owner)}
+    own = {f"train.{key}": format_fact(getattr(method, key)) for key in ("learning_rate", "schedule") if method}
+    return found | own
+
+
 def read_effect(folder: Path) -> list[str]:
     """What a run said of its effect when it ended."""
     effect = read_json(folder / RECORD, {}).get("effect", {})
@@ -150,8 +161,8 @@ def explain_degeneration(entries: Sequence[RunGroup]) -> list[str]:
 def format_fact(value: Any) -> str:
     """A setting as text; of a path only the last part, as folders may tell whose data it is."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {format_fact(item)}" for key, item in value.items())
-    if isinstance(value, list):
+        return ", ".join(f"{key}: {text}" for key, item in value.items() if (text := format_fact(item)))
+    if isinstance(value, list | tuple):
         return ", ".join(map(format_fact, value))
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return text.replace("\\", "/").rpartition("/")[2]

@@ -6,7 +6,7 @@ import pandas as pd
 import torch
 
 from srmu.evals.statistics import Estimate
-from srmu.methods.importance import FLAT, describe_importance
+from srmu.methods.importance import FLAT, FLAT_WORDS, describe_importance
 from srmu.report import results
 from srmu.report.attacks import Recovery
 from srmu.report.figures import GREY, Row, Series, draw_figure, label_look, make_look, mark_value
@@ -148,7 +148,7 @@ def draw_map(
     lines = [{"Dimension": mark["dimension"], "Importance": f"{mark['importance']:.3f}"} for mark in marks[:LARGEST]]
     caption = "Importance by dimension" if len(sizes) <= LARGEST else f"The largest {LARGEST}"
     stand_out = [*sizes[sizes > facts["mean"] + STANDS_OUT * facts["sd"]].index]
-    words = write_words("map", facts=facts, flat=facts["sd"] < FLAT, stand_out=stand_out)
+    words = write_words("map", facts=facts, flat=FLAT_WORDS if facts["sd"] < FLAT else "", stand_out=stand_out)
     title = " \N{MIDDLE DOT} ".join(filter(None, [", ".join(owners), group, f"topic {topic}" * several]))
     return Block([figure], Table(caption, lines), title, words, owners)
 
@@ -173,18 +173,22 @@ def other_section(entries: Sequence[RunGroup], known: Sequence[str]) -> Section:
 
 
 def record_section(entries: Sequence[RunGroup]) -> Section:
-    """The settings and the record of each entry's runs; where runs differ, the value of each."""
+    """The settings and the record of each entry's runs; where runs differ, the value of each; defaults are folded."""
     blocks = []
     for entry in entries:
-        facts: dict[str, list[str]] = {}
+        facts: dict[str, dict[str, None]] = {}
         for name, value in (pair for folder in entry.runs for pair in results.list_run_facts(folder).items()):
             if value is not None:
-                facts.setdefault(name_words(name), []).append(results.format_fact(value))
-        rows = [
-            {"Fact": name.replace(".", " \N{MIDDLE DOT} "), "Value": "; ".join(dict.fromkeys(values))}
-            for name, values in facts.items()
-        ]
-        name = f"{entry.name} \N{MIDDLE DOT} {count_words(len(entry.runs), 'run')}"
-        fold = name if len(entries) > 1 else ""
-        blocks.append(Block(table=Table(f"Settings of {name}", rows, words=True, fold=fold, label=entry.label)))
+                facts.setdefault(name, {})[results.format_fact(value)] = None
+        defaults = results.list_defaults(entry.runs[0])
+        parts: dict[bool, list[Row]] = {False: [], True: []}  # by whether it is a default
+        for name, values in facts.items():
+            row = {"Fact": name_words(name).replace(".", " \N{MIDDLE DOT} "), "Value": "; ".join(values)}
+            parts[[*values] == [defaults.get(name)]].append(row)
+        whose = f"{entry.name} \N{MIDDLE DOT} {count_words(len(entry.runs), 'run')}"
+        fold = whose if len(entries) > 1 else ""
+        usual = f"{count_words(len(parts[True]), 'setting')} of {entry.name} as by default"
+        for title, line, rows in ((f"Settings of {whose}", fold, parts[False]), (usual, usual, parts[True])):
+            if rows:
+                blocks.append(Block(table=Table(title, rows, words=True, fold=line, label=entry.label)))
     return Section("Settings and record", [], blocks)

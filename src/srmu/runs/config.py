@@ -18,7 +18,7 @@ from srmu.data.sources import Source
 from srmu.data.topics import TopicConfig
 from srmu.engine.files import import_from_file, sha256
 from srmu.engine.train import TrainOptions
-from srmu.errors import SrmuError, first_line, suggest_word
+from srmu.errors import SrmuError, first_line, is_short_for, suggest_path, suggest_word
 from srmu.methods import METHODS, Method, Misdirection
 
 # keys that the weights do not depend on
@@ -127,7 +127,7 @@ def read_tree(path: Path) -> dict[str, Any]:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
         json.dumps(tree, default=str, skipkeys=True)  # refuses a value that holds itself
     except FileNotFoundError:
-        raise SrmuError(f"{path}: no such file") from None
+        raise SrmuError(f"{path}: no such file{suggest_path(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SrmuError(f"{path}: cannot be read ({type(error).__name__})") from None
     except yaml.YAMLError as error:
@@ -262,10 +262,12 @@ def find_method(name: str) -> type[Method]:
     return cls
 
 
-def list_keys() -> list[str]:
-    """The options of training, and of all methods, with the key before them."""
+def find_key(word: str) -> list[str]:
+    """The option that a word is short for, with the key before it: of training, else of a method; or none."""
     owners: list[tuple[str, Any]] = [("train", TrainOptions), *(("method", cls) for cls in METHODS.values())]
-    return [*dict.fromkeys(f"{key}.{one.name}" for key, cls in owners for one in dataclasses.fields(cls))]
+    pairs = {(key, one.name) for key, cls in owners for one in dataclasses.fields(cls) if is_short_for(word, one.name)}
+    ranked = sorted(pairs, key=lambda pair: (pair[0] == "method", pair[1] != word, len(pair[1]), pair))
+    return [".".join(pair) for pair in ranked[:1]]
 
 
 def explain_error(error: ValidationError, where: str, schema: Any) -> str:
@@ -285,7 +287,7 @@ def explain_error(error: ValidationError, where: str, schema: Any) -> str:
             else [field.name for field in dataclasses.fields(schema)]
         )
         group = key.removesuffix(location[-1]) if len(location) <= 3 else ""  # of a source's options the name alone
-        elsewhere = () if key.count(".") else list_keys()
+        elsewhere = () if key.count(".") else find_key(location[-1])
         return f"{key} is not an option{suggest_word(location[-1], fields, elsewhere, group)}"
     if first["type"] in ("missing", "missing_argument"):
         return f"{key} is missing from the config"

@@ -14,7 +14,7 @@ from srmu.engine.sites import Site, catch_choices, find_routers
 from srmu.engine.stopping import CHECKED_BATCHES, RECENT
 from srmu.engine.topic import Topic, move_batch
 from srmu.methods.base import Edit, Method, State
-from srmu.methods.importance import FLAT
+from srmu.methods.importance import FLAT, FLAT_WORDS
 from srmu.methods.misdirection import KAPPA
 from srmu.runs.config import Config
 
@@ -22,7 +22,7 @@ from srmu.runs.config import Config
 # runs above SPOILT lose knowledge that they were to keep.
 LEARNED = {"forget_shift": 1.0, "forget_nll": 0.5}
 SPOILT = {"retain_moved": 0.5, "retain_nll": 0.5}
-BROKEN, BROKEN_WORDS = 20.0, "the model is broken"  # times SPOILT: activations of ten times their norm
+BROKEN = 20.0  # times SPOILT: activations of ten times their norm
 CHANGED = 0.1  # of the weights' norm: runs that change more harm a model in general
 MOST = 20.0  # times by which an advice changes a learning rate
 FARTHEST = 1000.0  # times by which it lowers the weight of the retain loss: one estimate reaches no further
@@ -45,11 +45,13 @@ def measure_effect(
     weights = model.measure_change()
     kept, model.activations = model.activations, Activations()  # those that are kept are the steps'
     found: dict[str, Any] = {"weights": keep_finite(weights), "topics": {}, "sentences": [], "warnings": []}
+    found["broken"] = False
     with torch.no_grad(), watch("measuring the effect", len(topics)) as tick:
         for topic in topics:
             method, state = config.method.with_options(topic.options), states.get(topic.name, State())
             numbers = method.measure_effect(model, topic, state) | measure_rerouting(model, topic)
             verdict = judge_numbers(method, numbers, weights, config.train.learning_rate, option_place(topic))
+            found["broken"] |= is_broken(numbers)
             own = [line for line in steps if line.get("topic") == topic.name]
             found["topics"][topic.name] = {name: keep_finite(value) for name, value in numbers.items()}
             found["sentences"].append(f"{topic.name}: {describe_numbers(numbers, weights)}: {verdict}")
@@ -103,10 +105,7 @@ def judge_numbers(
     method: Method, numbers: Mapping[str, float], weights: float, rate: float | None, place: str = "method"
 ) -> str:
     """What the numbers mean, and what to type next; `place` holds the method's options."""
-    rises = {f"{role}_nll": rise for role in ("forget", "retain") if (rise := rise_of(numbers, role)) is not None}
-    known = {**numbers, **rises}
-    reached = [known[name] / least for name, least in LEARNED.items() if name in known]
-    spoilt = [known[name] / most for name, most in SPOILT.items() if name in known]
+    reached, spoilt = (share_limits(numbers, limits) for limits in (LEARNED, SPOILT))
     at_once = isinstance(method, Edit) or bool(method.no_checkpoint)
     alpha: float = getattr(method, "alpha", 0.0)
 
@@ -119,8 +118,8 @@ def judge_numbers(
             return f"a higher learning rate would only do harm; {lower}srmu auto looks for other settings"
         return f"try train.learning_rate={rate * factor:.1g}" + ", or srmu auto" * (factor > 1)
 
-    if not all(map(math.isfinite, [*reached, *spoilt])) or max(spoilt, default=0.0) > BROKEN:
-        return f"{BROKEN_WORDS}; {advise(1 / MOST)}"
+    if is_broken(numbers):
+        return f"the model is broken; {advise(1 / MOST)}"
     if spoilt and max(spoilt) > 1:
         return f"the retain texts suffered; {advise(1 / min(MOST, 2 * max(spoilt)))}"
     if reached and min(reached) < 1 and not method.selective:
@@ -132,6 +131,19 @@ def judge_numbers(
             return f"the retain loss holds the forget activations back; try {place}.alpha={write_short(lower)}"
         return f"little was learned; {advise(min(MOST, 2 / max(min(reached), 1e-9)))}"
     return "srmu eval and srmu attack say what is left of the knowledge"
+
+
+def share_limits(numbers: Mapping[str, float], limits: Mapping[str, float]) -> list[float]:
+    """The numbers that there are limits of, as multiples of them."""
+    rises = {f"{role}_nll": rise for role in ("forget", "retain") if (rise := rise_of(numbers, role)) is not None}
+    known = {**numbers, **rises}
+    return [known[name] / limit for name, limit in limits.items() if name in known]
+
+
+def is_broken(numbers: Mapping[str, float]) -> bool:
+    """Whether a model answers nothing any more: numbers that are not finite, or far beyond what spoils it."""
+    spoilt = share_limits(numbers, SPOILT)
+    return not all(map(math.isfinite, [*share_limits(numbers, LEARNED), *spoilt])) or max(spoilt, default=0.0) > BROKEN
 
 
 def write_short(value: float) -> str:
@@ -179,10 +191,7 @@ def list_warnings(method: Method, topic: Topic, state: State, steps: Sequence[Ma
     for numbers in (state.numbers, *state.numbers.values()):  # of several layers: by layer
         map_ = numbers.get("importance") if isinstance(numbers, dict) else None
         if map_ and map_["sd"] < FLAT and getattr(method, "importance", "") != "uniform":
-            yield (
-                f"the map is nearly flat (sd under {FLAT}): it hardly tells features apart; "
-                "try method.importance=difference"
-            )
+            yield f"the map is {FLAT_WORDS}; try method.importance=difference"
     retain = [abs(line["retain"]) for line in steps[:RECENT] if "retain" in line]
     if retain:
         first = abs(steps[0].get("forget", 0.0)) + retain[0]

@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from srmu.engine.weights import EXPORTED
 from srmu.runs.effect import REPETITION, explain_repetition
+from srmu.runs.prices import describe_prices, describe_search
 from srmu.runs.reach import explain_reach
 
 ROWS = 12  # changed tensors that are listed
@@ -33,6 +34,9 @@ def summarise_record(record: dict[str, Any], rounded: str = "", unstated: Sequen
     name = source.stem if source.stem and not base.name.endswith(".gguf") else base.name
     named: dict[str, Any] = {"name": name, "local": base.is_absolute(), "exported": EXPORTED}
     named |= {"reach": explain_reach(record["reach"]), "repetition": explain_repetition(record["results"])}
+    tried = record["attacks"].get("tried", {})
+    named["prices"] = [line for one in tried.values() for line in describe_prices(one.get("price", ()))]
+    named["prices"] += describe_search(tried)
     named["unstated"] = [name.replace("_", " ") for name in unstated]
     return render_template("card.md", record=record, changed=changed, rounded=rounded, **named)
 

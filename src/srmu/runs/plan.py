@@ -90,18 +90,18 @@ def check_ranks(config: Config, shard: bool, offload: bool = False) -> None:
     """SrmuError where the method does not go with the processes that were started, or with these options."""
     method, count, launcher = config.method, distributed.get_size(), "torchrun --nproc-per-node 2 -m srmu unlearn ..."
     if shard and count == 1:
-        raise SrmuError(f"--shard cuts the weights over several processes; there is one: start {launcher} --shard")
+        raise SrmuError(f"shard cuts the weights over several processes; there is one: start {launcher} --shard")
     if count > 1 and not method.spreads:
         raise SrmuError(f"method {method.name} runs in one process, but {count} were started; leave out the launcher")
     if shard and getattr(method, "lora_rank", 0) > 0:
-        raise SrmuError("--shard and method.lora_rank do not go together; leave one out")
+        raise SrmuError("shard and method.lora_rank do not go together; leave one out")
     stream = getattr(method, "stream", "resid_post")
     if shard and stream != "resid_post":
         # FSDP gathers a layer again for its gradient when that of its output is there
-        raise SrmuError(f"--shard needs method.stream=resid_post: {stream} lies inside a layer")
+        raise SrmuError(f"shard needs method.stream=resid_post: {stream} lies inside a layer")
     if offload and (shard or method.depth is None):
-        fits = "it goes with a method of one layer (srmu, rmu, ...), and without --shard"
-        raise SrmuError(f"--offload leaves layers below those that change on the disk: {fits}")
+        fits = "it goes with a method of one layer (srmu, rmu, ...), and without shard"
+        raise SrmuError(f"offload leaves layers below those that change on the disk: {fits}")
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -22,7 +22,7 @@ from srmu.engine.model import EditableModel
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.topic import Topic
 from srmu.engine.train import Log
-from srmu.errors import DivergedError, SrmuError
+from srmu.errors import DivergedError, SrmuError, suggest_path
 from srmu.runs import record as audit
 from srmu.runs.config import Config, load_config
 from srmu.runs.model_card import render_template, write_model_card
@@ -54,7 +54,7 @@ class Run:
         folder = folder.folder if isinstance(folder, Run) else Path(folder)
         if not (folder / RECORD).is_file():
             config = folder / CONFIG
-            hint = f"; srmu unlearn {config} makes it" if config.is_file() else ""
+            hint = f"; srmu unlearn {config} makes it" if config.is_file() else suggest_path(folder)
             if runs := sorted(folder.glob(f"*/{RECORD}")):
                 hint = f"; name one of the runs in it, such as {runs[0].parent}"
             elif folder.is_file():
@@ -127,7 +127,7 @@ class Run:
             raise SrmuError(reason)
         if self.record["diverged"] and not last_good:
             raise SrmuError(
-                f"{self.folder} diverged: {self.record['stop_reason']}; --last-good exports the weights before that"
+                f"{self.folder} diverged: {self.record['stop_reason']}; last_good exports the weights before that"
             )
 
     def require_same(self, folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from srmu.engine import weights
 from srmu.engine.files import write_json, write_whole
 from srmu.engine.progress import Watch, ignore_progress
-from srmu.errors import SrmuError
+from srmu.errors import SrmuError, suggest_path
 from srmu.runs import record as audit
 from srmu.runs.config import build_config
 from srmu.runs.plan import plan_run
@@ -24,10 +24,9 @@ def find_record(folder: Path) -> Path:
             return folder / name
     if (folder / audit.CONFIG).is_file():
         Run.open(folder)  # says how to finish it
-    raise SrmuError(
-        f"{folder} holds no record ({audit.RECORD} of a run, {weights.EXPORTED} of an export): "
-        "name the folder of a run, or of a whole export; a rounded model or an adapter is checked by its run"
-    )
+    advice = "name the folder of a run, or of a whole export; a rounded model or an adapter is checked by its run"
+    holds = f"{folder} holds no record ({audit.RECORD} of a run, {weights.EXPORTED} of an export)"
+    raise SrmuError(f"{holds}{suggest_path(folder) or f': {advice}'}")
 
 
 def verify_folder(folder: Path, key: Path | None = None, watch: Watch = ignore_progress) -> dict[str, Any]:

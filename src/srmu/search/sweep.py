@@ -27,11 +27,11 @@ from srmu.engine.files import require_place, write_json
 from srmu.engine.progress import Watch, ignore_progress
 from srmu.engine.weights import locate_model
 from srmu.errors import SrmuError, suggest_word
-from srmu.evals.compare import run_setting
 from srmu.evals.score import score_model
 from srmu.runs.config import Config, explain_error, load_config, put_override, read_tree
 from srmu.runs.plan import plan_run
 from srmu.runs.run import Run, unlearn_config
+from srmu.runs.setting import run_setting
 from srmu.search import queue
 from srmu.search.space import Dimension, PlaceSampler
 
