@@ -65,11 +65,11 @@ def count_undone(model: Subject, quantiser: Quantiser) -> tuple[int, int]:
         pair = model.module.get_parameter(name).data, model.original[name]
         for one, other in zip(*(view_matrices(weight, turned[name]) for weight in pair), strict=True):
             now, before = quantiser.group_weights(one.float()), quantiser.group_weights(other.float())
-            scale = quantiser.scale_groups(before)  # the original's: one changed weight moves that of its block
-            after = quantiser.nearest_levels(quantiser.round_weights(now), scale)
+            scales = quantiser.scale_groups(before)  # the original's: one changed weight moves those of its block
+            after = quantiser.nearest_levels(quantiser.round_weights(now), *scales)
             differ = now != before
             changed += int(differ.sum())
-            same += int((differ & (after == quantiser.nearest_levels(before, scale))).sum())
+            same += int((differ & (after == quantiser.nearest_levels(before, *scales))).sum())
     return changed, same
 
 
