@@ -9,6 +9,7 @@ import torch
 from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
 from srmu.attacks.perturbations import Noise, Quantisation, add_noise, count_undone, find_matrices, prune_matrix
+from srmu.engine import rounding
 from srmu.engine.rounding import QUANTISERS, Quantiser, normal_levels, pack_q4_k
 from srmu.evals.subject import Subject
 
@@ -92,6 +93,13 @@ def test_q4_k_is_what_its_bytes_say(shift: float) -> None:
     assert torch.equal(torch.from_numpy(quants.dequantize(stored, quants.GGMLQuantizationType.Q4_K)), rounded)
     errors = [(QUANTISERS[kind].round_matrix(matrix) - matrix).square().mean().sqrt() for kind in ("q4_k", "q4_0")]
     assert errors[0] < 0.9 * errors[1]
+
+
+@pytest.mark.parametrize("kind", [*QUANTISERS])
+def test_rows_are_rounded_alike_a_few_at_a_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = QUANTISERS[kind].round_matrix(draw_matrix(7, 300))
+    monkeypatch.setattr(rounding, "PART", 700)
+    assert torch.equal(QUANTISERS[kind].round_matrix(draw_matrix(7, 300)), whole)
 
 
 def test_q4_k_is_that_of_llama_cpp() -> None:

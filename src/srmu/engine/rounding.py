@@ -12,12 +12,18 @@ from srmu.engine.sites import has_inputs_first
 from srmu.errors import SrmuError
 
 Matrix = Float[Tensor, "O I"]
+PART = 2**20  # weights that are rounded at once
 
 
 def view_matrices(weight: Tensor, turned: bool) -> Tensor:
     """A view of a weight as (experts, outputs, inputs); `turned`: its inputs come first."""
     weight = weight.mT if turned else weight
     return weight if weight.ndim == 3 else weight[None]
+
+
+def split_rows(matrix: Matrix) -> tuple[Matrix, ...]:
+    """Some rows at a time: a search for scales holds several numbers a weight."""
+    return matrix.split(max(1, PART // matrix.shape[1]))
 
 
 class Quantiser(NamedTuple):
@@ -65,7 +71,8 @@ class Quantiser(NamedTuple):
         return nearest * (scale.half().float() if self.half else scale) + offset
 
     def round_matrix(self, matrix: Matrix) -> Matrix:
-        return self.round_weights(self.group_weights(matrix)).flatten(1)[:, : matrix.shape[1]]
+        parts = [self.round_weights(self.group_weights(rows)).flatten(1) for rows in split_rows(matrix)]
+        return torch.cat(parts)[:, : matrix.shape[1]]
 
 
 def fit_blocks(weights: Float[Tensor, "O G S"], last: int) -> tuple[Float[Tensor, "O G 1"], Float[Tensor, "O G 1"]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from srmu.engine import weights
 from srmu.engine.loading import read_config
 from srmu.engine.progress import print_line
-from srmu.engine.rounding import pack_q4_k
+from srmu.engine.rounding import pack_q4_k, split_rows
 from srmu.errors import SrmuError
 from srmu.runs.plan import load_tokenizer
 from srmu.runs.run import Run
@@ -79,7 +79,8 @@ def round_values(values: Any, target: Any) -> Any:
 
     if target != gguf.GGMLQuantizationType.Q4_K:
         return gguf.quantize(values, target)
-    return pack_q4_k(torch.from_numpy(values.copy()).flatten(0, -2)).reshape(*values.shape[:-1], -1).numpy()
+    parts = split_rows(torch.from_numpy(values.copy()).flatten(0, -2))  # a copy, as a file's own array is read-only
+    return torch.cat([pack_q4_k(rows) for rows in parts]).reshape(*values.shape[:-1], -1).numpy()
 
 
 def place_changes(run: Run, reader: Any, arch: str) -> dict[str, Tensor]:
