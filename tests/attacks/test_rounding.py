@@ -1,5 +1,7 @@
 """Quantisers, pruning and noise by hand."""
 
+import ctypes
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +9,15 @@ import torch
 from helpers.attack_world import exam, subject, texts
 from helpers.models import pico_module, word_tokenizer
 from srmu.attacks.perturbations import Noise, Quantisation, add_noise, count_undone, find_matrices, prune_matrix
-from srmu.engine.rounding import QUANTISERS, Quantiser, normal_levels
+from srmu.engine import rounding
+from srmu.engine.rounding import QUANTISERS, Quantiser, normal_levels, pack_q4_k
 from srmu.evals.subject import Subject
 
-INT8, INT4, NF4, Q8_0, Q4_0 = QUANTISERS.values()
+INT8, INT4, NF4 = (QUANTISERS[kind] for kind in ("int8", "int4", "nf4"))
+
+
+def draw_matrix(rows: int, columns: int) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).bfloat16().float()
 
 
 def test_int8_has_a_scale_for_each_output() -> None:
@@ -46,37 +53,96 @@ def test_nf4_levels_are_the_published_ones() -> None:
 
 @pytest.mark.parametrize("quantiser", QUANTISERS.values(), ids=[*QUANTISERS])
 def test_no_level_is_nearer(quantiser: Quantiser) -> None:
+    """Also where the last block is not full; what is rounded stays, but where scales are rounded too."""
     matrix = torch.randn(6, 150, generator=torch.Generator().manual_seed(0))
     found = quantiser.round_matrix(matrix)
-    size = quantiser.block or 150
-    for row, values in zip(matrix, found, strict=True):
-        for start in range(0, 150, size):
-            block = row[start : start + size]
-            largest = block[block.abs().argmax()]
-            levels = quantiser.levels * (largest if quantiser.unit < 0 else largest.abs()) / quantiser.unit
-            nearest = (block[:, None] - levels).abs().min(dim=1).values
-            rounded = 1e-3 if quantiser.half else 1e-6  # of scales to float16
-            assert torch.allclose((values[start : start + size] - block).abs(), nearest, atol=rounded * largest.abs())
-    assert torch.allclose(quantiser.round_matrix(found), found, atol=2e-3 if quantiser.half else 1e-6)
+    assert found.shape == matrix.shape
+    weights, rounded = quantiser.group_weights(matrix), quantiser.group_weights(found)
+    scale, offset = quantiser.scale_groups(weights)
+    levels = quantiser.levels * scale + offset
+    nearest = (weights[..., None] - levels[..., None, :]).abs().amin(dim=3)
+    largest = weights.abs().amax(dim=2, keepdim=True)
+    inside = (torch.arange(weights[0].numel()) < 150).view(weights.shape[1:])  # not what fills up the last block
+    apart = ((rounded - weights).abs() - nearest).abs() / largest.clamp(min=1e-9)
+    assert apart[:, inside].max() < (1e-3 if quantiser.half else 1e-6)
+    if quantiser.together == 1 and quantiser.unit != 127.5:
+        assert torch.allclose(quantiser.round_matrix(found), found, atol=2e-3 if quantiser.half else 1e-6)
+    assert not quantiser.round_matrix(torch.zeros(2, 40)).any()
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
-def test_rounding_is_that_of_llama_cpp(kind: str) -> None:
+def test_rounding_is_that_of_gguf(kind: str) -> None:
     """But for weights in the middle between two levels, which float32 takes to either."""
     quants = pytest.importorskip("gguf.quants")
-    matrix = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    matrix = draw_matrix(64, 96)
     how = quants.GGMLQuantizationType[kind.upper()]
     theirs = torch.from_numpy(quants.dequantize(quants.quantize(matrix.numpy(), how), how))
     same = QUANTISERS[kind].round_matrix(matrix).isclose(theirs, rtol=1e-6, atol=0)
     assert same.float().mean() > 0.995
 
 
+@pytest.mark.parametrize("shift", [0.0, 3.0, -3.0])
+def test_q4_k_is_what_its_bytes_say(shift: float) -> None:
+    """Each rounded weight is one that a file holds, and most are nearer than in Q4_0."""
+    quants = pytest.importorskip("gguf.quants")
+    matrix = draw_matrix(64, 512) * torch.logspace(-3, 1, 64)[:, None] + shift
+    matrix[3, 40:80], matrix[4], matrix[5, :256] = 0, -0.25, 1e-9
+    rounded = QUANTISERS["q4_k"].round_matrix(matrix)
+    stored = pack_q4_k(matrix).numpy()
+    assert stored.shape == (64, 2 * 144)
+    assert torch.equal(torch.from_numpy(quants.dequantize(stored, quants.GGMLQuantizationType.Q4_K)), rounded)
+    errors = [(QUANTISERS[kind].round_matrix(matrix) - matrix).square().mean().sqrt() for kind in ("q4_k", "q4_0")]
+    assert errors[0] < 0.9 * errors[1]
+
+
+@pytest.mark.parametrize("kind", [*QUANTISERS])
+def test_rows_are_rounded_alike_a_few_at_a_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = QUANTISERS[kind].round_matrix(draw_matrix(7, 300))
+    monkeypatch.setattr(rounding, "PART", 700)
+    assert torch.equal(QUANTISERS[kind].round_matrix(draw_matrix(7, 300)), whole)
+
+
+def test_q4_k_is_that_of_llama_cpp() -> None:
+    """But for blocks in which two scales are as good, to the last bits of a sum."""
+    quants, library = pytest.importorskip("gguf.quants"), pytest.importorskip("xllamacpp.xllamacpp")
+    matrix = draw_matrix(64, 512)
+    stored = np.zeros((64, 2 * 144), np.uint8)
+    quantise = ctypes.CDLL(library.__file__).quantize_row_q4_K_ref
+    quantise(ctypes.c_void_p(matrix.data_ptr()), ctypes.c_void_p(stored.ctypes.data), ctypes.c_int64(matrix.numel()))
+    theirs = torch.from_numpy(quants.dequantize(stored, quants.GGMLQuantizationType.Q4_K))
+    rounded = QUANTISERS["q4_k"].round_matrix(matrix)
+    assert rounded.isclose(theirs, rtol=1e-6, atol=0).float().mean() > 0.97
+    errors = [float((one - matrix).square().mean()) for one in (rounded, theirs)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+
+
 def test_rounding_is_that_of_bitsandbytes() -> None:
     functional = pytest.importorskip("bitsandbytes").functional
-    matrix = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    matrix = draw_matrix(64, 128)
     theirs = functional.dequantize_4bit(*functional.quantize_4bit(matrix, blocksize=64, quant_type="nf4"))
     same = NF4.round_matrix(matrix).isclose(theirs, rtol=1e-5, atol=0)
     assert same.float().mean() > 0.999
+    levels, largest, _ = functional.int8_vectorwise_quant(matrix.half())
+    same = INT8.round_matrix(matrix).isclose(levels * largest[:, None] / 127, rtol=1e-5)
+    assert same.float().mean() > 0.99  # all but those in the middle between two levels
+
+
+def test_rounding_is_that_of_torchao() -> None:
+    """Of weights in float32; its kernels want bfloat16, in which scales and offsets are kept, too."""
+    torchao = pytest.importorskip("torchao.quantization.quant_primitives")
+    matrix = draw_matrix(64, 256)
+    kind, size, bounds = torchao.MappingType.SYMMETRIC, (1, 256), (torch.int8, -128, 127)
+    given = torchao.choose_qparams_affine(matrix, kind, size, *bounds)
+    levels = torchao.quantize_affine(matrix, size, *given, *bounds)
+    theirs = torchao.dequantize_affine(levels, size, *given, *bounds)
+    same = QUANTISERS["torchao_int8"].round_matrix(matrix).isclose(theirs, rtol=1e-5, atol=0)
+    assert same.float().mean() > 0.99
+    kind, size, bounds = torchao.MappingType.ASYMMETRIC, (1, 128), (torch.int32, 0, 15)
+    given = torchao._choose_qparams_affine_tinygemm(matrix, kind, size, *bounds)
+    levels = torchao._quantize_affine_tinygemm(matrix, size, *given, *bounds)
+    theirs = torchao._dequantize_affine_tinygemm(levels, size, *given, *bounds)
+    same = QUANTISERS["torchao_int4"].round_matrix(matrix).isclose(theirs, rtol=1e-4, atol=1e-6)
+    assert same.float().mean() > 0.99
 
 
 def test_share_in_the_originals_bucket() -> None:

@@ -4,7 +4,8 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import new_class
@@ -19,6 +20,7 @@ from srmu.attacks import ATTACKS, suite
 from srmu.attacks.base import Attack, AttackResult, Exam, Setting, ask_exam, choose_setting
 from srmu.attacks.suite import Sources, attack_run, load_exam, select_attacks
 from srmu.attacks.summary import describe_attacks, measure_recovery
+from srmu.engine.progress import Tick
 from srmu.errors import SrmuError
 from srmu.evals.results import RESULTS, load_results, read_attacks
 from srmu.evals.score import score_model
@@ -278,8 +280,9 @@ def test_the_setting_is_chosen_on_the_validation_half(run: Run, place: Path, mon
 @pytest.mark.slow
 def test_what_takes_hours_is_asked_about(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch)
-    long = attack_of("long", oracle_says(0.2), cost=lambda self, model: ("2 steps", 36_000))
-    monkeypatch.setitem(suite.ATTACKS, "long", long)
+    for name, seconds in (("long", 36_000), ("short", 3_599)):
+        one = attack_of(name, oracle_says(0.2), cost=lambda self, model, seconds=seconds: ("2 steps", seconds))
+        monkeypatch.setitem(suite.ATTACKS, name, one)
     asked = []
 
     def no(text: str) -> bool:
@@ -287,8 +290,8 @@ def test_what_takes_hours_is_asked_about(run: Run, place: Path, monkeypatch: pyt
         return False
 
     report = attack_run(run, sources=sources(place), confirm=no)
-    assert asked == ["long takes 2 steps: 10.0 hours on this machine."]
-    assert "long" not in report["attacks"]
+    assert asked == ["long takes 2 steps: 10.0 hours on this machine for each model."]
+    assert "long" not in report["attacks"] and "short" in report["attacks"]
     assert report["not_tried"] == ["long"]
     assert "long" in attack_run(run, sources=sources(place))["attacks"]
 
@@ -444,10 +447,42 @@ def test_the_tuned_attacker_has_a_price(run: Run, place: Path) -> None:
     assert set(entry["controls"]["oracle"]["settings"]) > {"facts, LoRA 8, 0.0005, 0 steps"}
 
 
+@pytest.mark.slow
+def test_a_long_attack_keeps_its_parts_and_tells_its_steps(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(monkeypatch)
+    made, told, stops = [], [], ["once"]
+
+    def find(model: Subject, *_: Any) -> AttackResult:
+        for part in (1, 2):
+            model.remember(part, lambda part=part: made.append(part) or [part])
+            with model.watch("steps", 4) as tick:
+                tick(f"(part {part})")
+            if stops:
+                raise KeyboardInterrupt(stops.pop())
+        return AttackResult()
+
+    @contextmanager
+    def watch(label: str, total: int) -> Iterator[Tick]:
+        yield lambda text, steps=1: told.append((text, steps))
+
+    monkeypatch.setitem(suite.ATTACKS, "long", attack_of("long", find))
+    with pytest.raises(KeyboardInterrupt):
+        attack_run(run, sources=sources(place))
+    assert made == [1]
+    attack_run(run, sources=sources(place), watch=watch)
+    assert made == [1, 2] * 3  # of each model its own
+    assert any(text.startswith("long, original: steps 1/4 (part 1)") and not steps for text, steps in told)
+
+
 def test_a_search_goes_with_the_tuned_attacker() -> None:
     with pytest.raises(SrmuError, match="trials and steps: options of tuned_relearning; name that attack"):
         select_attacks("smoke", [], {"trials": 3, "steps": 5})
     assert select_attacks("smoke", ["E20"], {"trials": 3})["tuned_relearning"].trials == 3
+    for key in ("trials", "steps"):
+        with pytest.raises(SrmuError, match=f"^{key} 0: tuned_relearning can try nothing with that; give 1 or more$"):
+            select_attacks("smoke", ["E20"], {key: 0})
 
 
 def test_prices_in_words() -> None:

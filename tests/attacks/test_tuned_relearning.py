@@ -1,6 +1,11 @@
 """The tuned attacker, where what was hidden, and what never was there, are known."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +14,7 @@ from helpers.attack_world import exam, subject, texts
 from srmu.attacks import tuned_relearning
 from srmu.attacks.base import AttackResult, Exam, Setting
 from srmu.attacks.relearning import split_validation
+from srmu.attacks.suite import remember_part
 from srmu.attacks.tuned_relearning import (
     DOCUMENTS,
     FACTS,
@@ -23,6 +29,7 @@ from srmu.attacks.tuned_relearning import (
     leave_out_subjects,
     parse_setting,
 )
+from srmu.engine.progress import Tick, show_progress
 from srmu.evals.subject import NotApplicable, list_facts
 
 # With which a model of 4 layers of 32 learns within seconds.
@@ -96,6 +103,66 @@ def test_an_attacker_who_may_lose_nothing_has_no_setting() -> None:
     assert all(price.steps is None for price in result.price)
     lenient = replace(ATTACK, loss=1.0, trials=1, steps=1).run(subject("unlearned"), texts(), exam(), 0)
     assert lenient.ways[-1].setting == f"{tuned_relearning.FIRST[0]}, 1 steps"
+
+
+def test_a_search_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a training: those before it are not made again, and the result is that of a whole search."""
+    monkeypatch.setenv("SRMU_CACHE", str(tmp_path))
+    attack, tune_and_ask = replace(ATTACK, trials=6, steps=10), tuned_relearning.tune_and_ask
+    made: list[str] = []
+    stop = 0  # the training to stop in
+
+    def stop_within(*given: Any, **options: Any) -> Any:
+        made.append(given[2])
+
+        def each(step: int) -> None:
+            if len(made) == stop and step == 3:
+                raise KeyboardInterrupt
+            given[-1](step)
+
+        return tune_and_ask(*given[:-1], each, **options)
+
+    def search() -> AttackResult:
+        made.clear()
+        model = subject("unlearned", remember=partial(remember_part, ["a key"]), watch=show_progress)
+        return attack.run(model, texts(), exam(), 0)
+
+    whole = attack.run(subject("unlearned"), texts(), exam(), 0)
+    monkeypatch.setattr(tuned_relearning, "tune_and_ask", stop_within)
+    stop = 5
+    with pytest.raises(KeyboardInterrupt):
+        search()
+    stopped, stop = [*made], 0
+    assert search() == whole
+    assert made[0] == stopped[-1] and len(made) == 3  # the one that was stopped, the last one, the best one again
+    search()
+    assert len(made) == 1
+
+
+def test_the_steps_of_a_search_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each trial counts as many as it may take, also one that ends early."""
+    told: list[tuple[str, int]] = []
+
+    @contextmanager
+    def watch(label: str, total: int) -> Iterator[Tick]:
+        told.append((label, total))
+        yield lambda text, steps=1: told.append((text, steps))
+
+    replace(ATTACK, trials=2, steps=4).run(subject("unlearned", watch=watch), texts(), exam(), 0)
+    assert told[:3] == [("steps", 12), ("(trial 1 of 2, step 1)", 1), ("(trial 1 of 2, step 2)", 1)]
+    assert ("(trial 2 of 2 is over)", 0) in told
+    assert sum(steps for _, steps in told[1:]) in (8, 12)  # 8: no training did better than none
+    strict = replace(ATTACK, loss=-1.0, trials=2, steps=4)
+    told.clear()
+    strict.run(subject("unlearned", watch=watch), texts(), exam(), 0)
+    assert ("(trial 2 of 2 is over)", 3) in told and sum(steps for _, steps in told[1:]) == 8
+
+
+def test_a_search_says_what_it_costs() -> None:
+    work, seconds = TunedRelearning().cost(subject("unlearned"))
+    assert work == "at most 25 x 100 steps on 4 texts of 128 tokens" and 1 < seconds < 3600
+    with pytest.raises(NotApplicable, match="two models"):
+        TunedRelearning().cost(subject("unlearned", fixed="it answers with two models"))
 
 
 def test_no_row_tells_what_is_asked() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from helpers.models import ARCHITECTURES, Call, save_pico
-from srmu.cli.output import shorten_path
+from srmu.cli.output import confirm_work, shorten_path
 from srmu.errors import SrmuError
 from srmu.runs.plan import load_tokenizer
 
@@ -20,6 +20,19 @@ def test_a_path_has_no_steps_back_unless_a_link_needs_them(tmp_path: Path, monke
     )
     (tmp_path / "link").symlink_to("far/configs")
     assert shorten_path(tmp_path / "link/../runs") == Path("link/../runs")
+
+
+def test_long_work_is_asked_about(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A person answers; where there is none, or `--yes` answers, the cost is printed."""
+    monkeypatch.setattr("sys.stdin.isatty", lambda: False)
+    assert confirm_work("it takes hours.", yes=True) and not confirm_work("it takes hours.", yes=False)
+    assert capsys.readouterr().err.splitlines() == [
+        "it takes hours.",
+        "it takes hours. It is left out; --yes starts it.",
+    ]
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("typer.confirm", lambda text, err: text == "it takes hours. Run it?")
+    assert confirm_work("it takes hours.", yes=False)
 
 
 def test_a_run_of_a_config_in_a_folder_lies_beside_it(

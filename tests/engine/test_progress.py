@@ -58,6 +58,22 @@ def test_library_functions_show_progress_where_a_person_watches(monkeypatch: pyt
     assert progress.choose_progress() is progress.ignore_progress
 
 
+def test_a_long_step_tells_its_own_steps(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a step of something else, whose count waits and whose time left is not said."""
+    clock = iter([0.0, 1.0, 20.0, 20.0, 40.0, 40.0, 50.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.show_progress("attacking", 2) as tick:
+        with progress.nest_progress(tick, "a search")("steps", 100) as tick_within:
+            tick_within("(trial 1 of 4, step 1)", 0)
+            tick_within("(trial 1 of 4, step 20)", 20)
+        tick("a search")
+    assert capsys.readouterr().err.splitlines() == [
+        "attacking 0/2 a search: steps 0/100 (trial 1 of 4, step 1)",
+        "attacking 0/2 a search: steps 20/100 (trial 1 of 4, step 20) 156 s left",
+        "attacking 1/2 a search 50 s left",
+    ]
+
+
 def test_silent(capsys: pytest.CaptureFixture[str]) -> None:
     with progress.ignore_progress("srmu", 1) as tick:
         tick("text")

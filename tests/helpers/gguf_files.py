@@ -27,10 +27,10 @@ SIZES = {
 TOKENS = ["<s>", "</s>", "<pad>", "<unk>", "w", *"0123456789", *(f"x{i}" for i in range(49))]
 
 
-def write_gguf(path: Path, arch: str = "llama", kind: Any = None) -> dict[str, torch.Tensor]:
+def write_gguf(path: Path, arch: str = "llama", kind: Any = None, **sizes: int) -> dict[str, torch.Tensor]:
     """A random model as a GGUF file, its matrices quantised to `kind`; what they are after that, in bfloat16."""
     cls, more = ARCHES[arch]
-    config = cls(**SIZES | more)
+    config = cls(**SIZES | more | sizes)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = transformers.AutoModelForCausalLM.from_config(config)

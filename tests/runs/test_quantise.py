@@ -16,6 +16,7 @@ from helpers.gguf_files import Q8, write_gguf
 from helpers.models import GROUPED, Call, save_pico, texts, write_jsonl
 from srmu.cli.output import next_for_model
 from srmu.engine.loading import load_pretrained
+from srmu.engine.rounding import QUANTISERS
 from srmu.engine.weights import locate_model
 from srmu.errors import SrmuError
 from srmu.evals.results import merge_results, metric_rows
@@ -132,6 +133,21 @@ def test_coarser_numbers_cost_other_nats(tmp_path: Path) -> None:
     assert kinds == {"Q4_0", "F32"}
 
 
+def test_q4_k_is_read_back_as_it_was_rounded(tmp_path: Path) -> None:
+    """Rows that its blocks do not fill are in Q5_0, as llama.cpp has them."""
+    write_gguf(tmp_path / "m.gguf", "llama", hidden_size=256)
+    run = make_run(tmp_path, tmp_path / "m.gguf", "npo", "method.parameters=['*.v_proj.weight', '*.down_proj.weight']")
+    out, costs = export_quantised(run, tmp_path / "out", "q4_k")
+    after = read_tensors(out)
+    assert {tensor.tensor_type.name for tensor in after.values()} == {"Q4_K", "Q5_0", "F32"}
+    new, stored = run.delta["model.layers.1.self_attn.v_proj.weight"].float(), after["blk.1.attn_v.weight"]
+    read = torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type))
+    assert torch.equal(read, QUANTISERS["q4_k"].round_matrix(new))
+    assert after["blk.1.ffn_down.weight"].tensor_type.name == "Q5_0"  # rows of 64
+    assert gguf.GGUFReader(out).fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q4_K_S
+    assert costs["retain"]["rounded"] != costs["retain"]["after"]
+
+
 def test_eight_bits_in_transformers_own_form(tmp_path: Path) -> None:
     run = make_run(tmp_path, save_pico(tmp_path / "model"), "npo")
     out, costs = export_quantised(run, tmp_path / "out", "fp8")
@@ -181,7 +197,7 @@ def test_four_bits_of_bitsandbytes(tmp_path: Path) -> None:
     assert compare_costs(run, out) == costs
 
 
-@pytest.mark.parametrize(("kind", "line"), [("q5_k", "--quantise q5_k is none of q4_0, q8_0, nf4, fp8")])
+@pytest.mark.parametrize(("kind", "line"), [("q5_k", "--quantise q5_k is none of q4_0, q4_k, q8_0, nf4, fp8")])
 def test_mistakes(kind: str, line: str, tmp_path: Path) -> None:
     run = make_run(tmp_path, save_pico(tmp_path / "model"))
     with pytest.raises(SrmuError, match=line) as caught:
@@ -242,11 +258,11 @@ def ask_transformers(module: Any, ids: list[int]) -> dict[int, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["llama", "qwen2"])
-def test_llama_cpp_answers_as_transformers_does(arch: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("arch", "kind"), [("llama", "q8_0"), ("qwen2", "q8_0"), ("llama", "q4_k")])
+def test_llama_cpp_answers_as_transformers_does(arch: str, kind: str, tmp_path: Path) -> None:
     """The file that ships, in the program that serves it."""
-    write_gguf(tmp_path / "m.gguf", arch, Q8)
-    out, _ = export_quantised(make_run(tmp_path, tmp_path / "m.gguf"), tmp_path / "out", "q8_0")
+    write_gguf(tmp_path / "m.gguf", arch, Q8, hidden_size=256 if kind == "q4_k" else 32)
+    out, _ = export_quantised(make_run(tmp_path, tmp_path / "m.gguf"), tmp_path / "out", kind)
     ids = [0, 5, 9, 17, 33]
     module = transformers.AutoModelForCausalLM.from_pretrained(locate_model(str(out)))
     assert ask_llama_cpp(out, ids) == pytest.approx(ask_transformers(module, ids), abs=0.02)

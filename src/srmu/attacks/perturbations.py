@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from srmu.attacks.base import Attack, AttackResult, Exam, Texts, choose_setting
-from srmu.engine.rounding import QUANTISERS, Matrix, Quantiser, view_matrices
+from srmu.engine.rounding import QUANTISERS, Matrix, Quantiser, split_rows, view_matrices
 from srmu.engine.sites import decoder_blocks, has_inputs_first, is_turned
 from srmu.evals.statistics import Estimate
 from srmu.evals.subject import Question, Subject, mark_answers
@@ -62,14 +62,15 @@ def count_undone(model: Subject, quantiser: Quantiser) -> tuple[int, int]:
     turned = find_matrices(model.module)
     changed = same = 0
     for name in turned.keys() & model.original.keys():
-        pair = model.module.get_parameter(name).data, model.original[name]
-        for one, other in zip(*(view_matrices(weight, turned[name]) for weight in pair), strict=True):
-            now, before = quantiser.group_weights(one.float()), quantiser.group_weights(other.float())
-            scale = quantiser.scale_groups(before)  # the original's: one changed weight moves that of its block
-            after = quantiser.nearest_levels(quantiser.round_weights(now), scale)
-            differ = now != before
-            changed += int(differ.sum())
-            same += int((differ & (after == quantiser.nearest_levels(before, scale))).sum())
+        weights = model.module.get_parameter(name).data, model.original[name]
+        for pair in zip(*(view_matrices(weight, turned[name]) for weight in weights), strict=True):
+            for one, other in zip(*(split_rows(matrix.float()) for matrix in pair), strict=True):
+                now, before = quantiser.group_weights(one), quantiser.group_weights(other)
+                scales = quantiser.scale_groups(before)  # the original's: one changed weight moves those of its block
+                after = quantiser.nearest_levels(quantiser.round_weights(now), *scales)
+                differ = now != before
+                changed += int(differ.sum())
+                same += int((differ & (after == quantiser.nearest_levels(before, *scales))).sum())
     return changed, same
 
 

@@ -66,15 +66,17 @@ def tune_and_ask(
     rank: int = 0,  # of LoRA beside the matrices; 0: all weights are tuned
     ask: Callable[[Subject, Exam, str], Setting] = ask_exam,
     until: Callable[[Setting], bool] = lambda way: False,
+    each: Callable[[int], object] = lambda step: None,
     **options: Any,
 ) -> tuple[list[Setting], int]:
     """The exam after each number of steps of one fine-tuning (`tune_model`), and the steps taken.
 
-    It ends early after an exam of which `until` says True.
+    It ends early after an exam of which `until` says True. `each` is called with the number of each step.
     """
     reached: list[Setting] = []
 
     def after(step: int) -> bool:
+        each(step)
         if step not in steps:
             return False
         reached.append(ask(model, exam, f"{name}, {step} steps" if len(steps) > 1 else name))
@@ -183,6 +185,14 @@ class PartRelearning(Attack, id="E8", name="part_relearning", tier="standard"):
         return AttackResult(ways, budget={"facts learned": len({*list_facts(exam.val)})})
 
 
+def time_step(model: Subject, batch: int, tokens: int) -> float:
+    """The seconds that a step of all weights takes, on so many texts of so many tokens."""
+    rows: list[Row] = [([], [0] * tokens)] * batch
+    with model.editable("*") as edited:
+        two_steps = partial(tune_model, edited, rows, steps=2, learning_rate=0.0, batch_size=batch, seed=0)
+        return repeat(two_steps, repeat=2, number=1)[1] / 2  # the first call gets going
+
+
 class HeavyTuning(Attack, id="E9", name="heavy_tuning", tier="deep"):
     """All weights on the neutral texts, for each rate, optimiser and schedule."""
 
@@ -203,13 +213,9 @@ class HeavyTuning(Attack, id="E9", name="heavy_tuning", tier="deep"):
         return tune_kinds(model, exam, trainings, seed, {"texts": len(rows)}, **common)
 
     def cost(self, model: Subject) -> tuple[str, float]:
-        rows: list[Row] = [([], [0] * self.tokens)] * self.batch
-        with model.editable("*") as edited:
-            two_steps = partial(tune_model, edited, rows, steps=2, learning_rate=0.0, batch_size=self.batch, seed=0)
-            seconds = repeat(two_steps, repeat=2, number=1)[1] / 2  # the first call gets going
         runs = len(self.rates) * len(self.optimisers) * len(self.schedules)
         work = f"{runs} x {max(self.steps):,} steps on {self.batch} texts of {self.tokens} tokens"
-        return work, runs * max(self.steps) * seconds
+        return work, runs * max(self.steps) * time_step(model, self.batch, self.tokens)
 
 
 LIGHT: Kinds = (("LoRA", 5e-4, 8),)

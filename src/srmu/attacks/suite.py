@@ -32,6 +32,7 @@ from srmu.runs.run import OpenedModel, Run
 ROOMS = ("attacks", "data", "engine", "evals")  # whose code decides a result
 LIBRARIES = ("torch", "transformers", "peft", "optuna")  # whose releases do, too
 SEARCHED = TunedRelearning.name
+HOUR = 3600  # seconds
 HAZARD, UNKNOWN = "testbed_hazard", ("testbed_unknown", "testbed_unknown_val")  # a testbed's tasks
 
 
@@ -131,7 +132,9 @@ def make_attacks(
             given = files.sha256(repr((asked, texts, seed)).encode())
             key = [prints[who], repr(one), given, hash_code(), *map(version, LIBRARIES)]
             kept = files.find_cached("attacks", key)
-            brought = kept or try_attack(one, subjects, who, texts, asked, seed)
+            within = progress.nest_progress(tick, f"{name}, {who}")
+            remember = partial(remember_part, key)
+            brought = kept or try_attack(one, subjects, who, texts, asked, seed, within, remember)
             result = TypeAdapter(AttackResult).validate_python(brought)
             if not kept and result.status == "done":
                 files.keep_cached("attacks", key, asdict(result))
@@ -144,10 +147,26 @@ def make_attacks(
     return done
 
 
-def try_attack(one: Attack, subjects: "Subjects", who: str, texts: Texts, exam: Exam, seed: int) -> AttackResult:
+def remember_part(key: Sequence[Any], part: Any, make: Callable[[], Any]) -> Any:
+    """A part of what an attack with that key finds, which is kept before the whole is."""
+    return files.cached("attacks", [*key, part], make)
+
+
+def try_attack(
+    one: Attack,
+    subjects: "Subjects",
+    who: str,
+    texts: Texts,
+    exam: Exam,
+    seed: int,
+    watch: progress.Watch,
+    remember: Callable[[Any, Callable[[], Any]], Any],
+) -> AttackResult:
     """What an attack on a model brings back, or why it brings nothing."""
     try:
-        return one.run(getattr(subjects, who), texts, exam, seed)
+        model = getattr(subjects, who)
+        model.watch, model.remember = watch, remember
+        return one.run(model, texts, exam, seed)
     except NotApplicable as reason:
         return AttackResult(status="does not apply", why=str(reason))
     except (SrmuError, torch.OutOfMemoryError) as error:
@@ -170,6 +189,9 @@ def select_attacks(tier: Tier, names: Sequence[str], search: Mapping[str, int] =
     }
     if search and SEARCHED not in chosen:
         raise SrmuError(f"{' and '.join(search)}: options of {SEARCHED}; name that attack, too")
+    for key, value in search.items():
+        if value < 1:
+            raise SrmuError(f"{key} {value}: {SEARCHED} can try nothing with that; give 1 or more")
     return chosen | ({SEARCHED: TunedRelearning(**{**vars(chosen[SEARCHED]), **search})} if search else {})
 
 
@@ -323,12 +345,14 @@ class Subjects:
 
 
 def confirm_attack(name: str, one: Attack, subjects: Subjects, confirm: Callable[[str], bool]) -> bool:
-    """Whether to run an attack: `confirm` is asked where it takes hours."""
+    """Whether to run an attack: `confirm` is asked where it takes an hour or more."""
     if type(one).cost is Attack.cost:  # no model need be loaded
         return True
     try:
         work, seconds = one.cost(subjects.unlearned)
     except (NotApplicable, torch.OutOfMemoryError):  # it will say so when it runs
         return True
-    text = f"{name} takes {work}: {seconds / 3600:,.1f} hours on this machine."
+    if not distributed.agree_on(seconds >= HOUR):
+        return True
+    text = f"{name} takes {work}: {seconds / HOUR:,.1f} hours on this machine for each model."
     return distributed.agree_on(distributed.is_first() and confirm(text))

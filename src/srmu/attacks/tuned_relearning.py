@@ -2,18 +2,20 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from math import ceil
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 
 from srmu.attacks.base import Attack, AttackResult, Exam, Price, Setting, Texts, guess_share
-from srmu.attacks.relearning import Questions, split_validation, state_facts, text_rows, tune_and_ask
+from srmu.attacks.relearning import Questions, split_validation, state_facts, text_rows, time_step, tune_and_ask
 from srmu.engine.fine_tune import Row
+from srmu.engine.progress import Tick
 from srmu.evals.statistics import KNOWN, Array, Draws
 from srmu.evals.subject import (
     NotApplicable,
@@ -37,6 +39,8 @@ DOCUMENTS, NEUTRAL = "documents", "neutral texts"
 TOLD_AT_LENGTH = (DOCUMENTS, NEUTRAL)
 BACK = (0.5, 0.9)  # shares of the original's knowledge that have a price
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+
+SETTINGS = TypeAdapter(list[Setting])
 
 Rows = Mapping[str, Sequence[Row]]  # by kind, such as FACTS
 
@@ -91,7 +95,8 @@ class TunedRelearning(Attack, id="E20", name=TUNED, tier="deep"):
         budget = {"facts learned": len({*list_facts(learned)}), "rows": {kind: len(own) for kind, own in rows.items()}}
         plain = weigh_exam(model, exam, f"{FIRST[0]}, 0 steps")
         if exam.only:
-            ways = [plain, *self.train(model, rows, exam, seed, exam.only)]
+            with model.watch("steps", self.steps) as tick:
+                ways = [plain, *self.train(model, rows, exam, seed, exam.only, tick)]
             return AttackResult([way for way in ways if way.setting == exam.only], budget=budget)
         if not exam.utility:
             raise NotApplicable("utility tasks bound what the attacker may lose, and there are none: name some")
@@ -102,12 +107,18 @@ class TunedRelearning(Attack, id="E20", name=TUNED, tier="deep"):
             if model.fixed:
                 raise
             return AttackResult([plain], budget=budget)  # of the original nothing is gone
-        tried = self.search(model, rows, exam, seed, fmean(before.val))
-        best = max([plain, *tried], key=lambda way: fmean(way.val))  # the first of equals
-        curve = [plain] if best is plain else [plain, *self.train(model, rows, exam, seed, best.setting)]
+        with model.watch("steps", (self.trials + 1) * self.steps) as tick:
+            tried = self.search(model, rows, exam, seed, fmean(before.val), tick)
+            best = max([plain, *tried], key=lambda way: fmean(way.val))  # the first of equals
+            curve = [plain] if best is plain else [plain, *self.train(model, rows, exam, seed, best.setting, tick)]
         others = [way for way in tried if way.setting not in {one.setting for one in curve}]
         price = self.price(model, rows, exam, before, curve, seed)
         return AttackResult([*curve, *others], budget=budget, price=price)
+
+    def cost(self, model: Subject) -> tuple[str, float]:
+        trainings = self.trials + 1  # the best one is made again
+        work = f"at most {trainings} x {self.steps:,} steps on {self.text_batch} texts of {self.text_length} tokens"
+        return work, trainings * self.steps * time_step(model, self.text_batch, self.text_length)
 
     def list_rows(self, model: Subject, learned: Questions, asked: Questions, texts: Texts) -> Rows:
         """What can be learned; none of it names what the run is asked about."""
@@ -124,8 +135,11 @@ class TunedRelearning(Attack, id="E20", name=TUNED, tier="deep"):
         length = dict.fromkeys(TOLD_AT_LENGTH, self.text_length)
         return {kind: text_rows(model, own, length.get(kind, 512)) for kind, own in kinds.items() if own}
 
-    def search(self, model: Subject, rows: Rows, exam: Exam, seed: int, known: float) -> list[Setting]:
-        """The best setting of each trial, among those that do not cost the attacker too much."""
+    def search(self, model: Subject, rows: Rows, exam: Exam, seed: int, known: float, tick: Tick) -> list[Setting]:
+        """The best setting of each trial, among those that do not cost the attacker too much.
+
+        What a trial saw is remembered: a search that goes on reports it again, so that the sampler chooses as before.
+        """
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -137,19 +151,33 @@ class TunedRelearning(Attack, id="E20", name=TUNED, tier="deep"):
         def attempt(trial: "Trial") -> float:
             rate = trial.suggest_float("rate", *self.rates, log=True)
             kind, rank = trial.suggest_categorical("rows", [*rows]), trial.suggest_categorical("rank", self.ranks)
-            best: list[Setting] = []
+            tuning = Tuning(kind, rank, float(f"{rate:.2g}"))
+            place, taken, looks = f"trial {trial.number + 1} of {self.trials}", 0, list[Setting]()
+
+            def count_step(step: int) -> None:
+                nonlocal taken
+                taken = step
+                tick(f"({place}, step {step})")
+
+            def report_look(way: Setting) -> float:
+                trial.report(right := fmean(way.val), parse_setting(way.setting)[1])
+                return right
 
             def until(way: Setting) -> bool:
                 if fmean(mark_answers(model, kept)) < least:
                     return True
-                right = fmean(way.val)
-                if not best or right > fmean(best[0].val):
-                    best[:] = [way]
-                trial.report(right, parse_setting(way.setting)[1])
-                return right >= known or trial.should_prune()
+                looks.append(way)
+                return report_look(way) >= known or trial.should_prune()
 
-            self.tune(model, rows, held, seed, Tuning(kind, rank, float(f"{rate:.2g}")), until)
-            found.extend(best)
+            def list_looks() -> list[dict[str, Any]]:
+                self.tune(model, rows, held, seed, tuning, until, count_step)
+                return [asdict(way) for way in looks]
+
+            seen = SETTINGS.validate_python(model.remember([trial.number, str(tuning)], list_looks))
+            for way in seen[len(looks) :]:  # of a trial before an interruption
+                report_look(way)
+            tick(f"({place} is over)", self.steps - taken)
+            found.extend(best := sorted(seen, key=lambda way: -fmean(way.val))[:1])
             return fmean(best[0].val) if best else 0.0
 
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(len(FIRST), self.trials // 3))
@@ -160,13 +188,27 @@ class TunedRelearning(Attack, id="E20", name=TUNED, tier="deep"):
         study.optimize(attempt, n_trials=self.trials, catch=torch.OutOfMemoryError)
         return found
 
-    def train(self, model: Subject, rows: Rows, exam: Exam, seed: int, setting: str) -> list[Setting]:
+    def train(self, model: Subject, rows: Rows, exam: Exam, seed: int, setting: str, tick: Tick) -> list[Setting]:
         """The exam along the training of a setting, up to its steps."""
         tuning, steps = parse_setting(setting)
-        return self.tune(model, rows, exam, seed, tuning, lambda way: way.setting == setting) if steps else []
+
+        def until(way: Setting) -> bool:
+            return way.setting == setting
+
+        def count_step(step: int) -> None:
+            tick(f"(the chosen training, step {step} of {steps})")
+
+        return self.tune(model, rows, exam, seed, tuning, until, count_step) if steps else []
 
     def tune(
-        self, model: Subject, rows: Rows, exam: Exam, seed: int, tuning: Tuning, until: Callable[[Setting], bool]
+        self,
+        model: Subject,
+        rows: Rows,
+        exam: Exam,
+        seed: int,
+        tuning: Tuning,
+        until: Callable[[Setting], bool],
+        each: Callable[[int], object] = lambda step: None,
     ) -> list[Setting]:
         """The exam at each look of a training, up to the first look of which `until` says True."""
         if tuning.rows == ORDERED:
@@ -177,7 +219,7 @@ class TunedRelearning(Attack, id="E20", name=TUNED, tier="deep"):
         if tuning.rows not in rows:
             raise NotApplicable(f"there are no {tuning.rows} to learn from here")
         told, name = rows[tuning.rows], str(tuning) if len(looks) > 1 else f"{tuning}, {self.steps} steps"
-        reached, _ = tune_and_ask(model, exam, name, seed, told, looks, tuning.rank, weigh_exam, until, **options)
+        reached, _ = tune_and_ask(model, exam, name, seed, told, looks, tuning.rank, weigh_exam, until, each, **options)
         return reached
 
     def batch_of(self, tuning: Tuning) -> int:

@@ -1,7 +1,8 @@
 """The verbs that measure a model, a run or texts, and change nothing."""
 
-import sys
+from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -143,13 +144,11 @@ def attack_command(
     from srmu.report.attacks import attack_table
     from srmu.runs.run import Run
 
-    def confirm(text: str) -> bool:
-        return yes or (sys.stdin.isatty() and typer.confirm(f"{text} Run it?", err=True))
-
     asked, kept, names = (output.split_names(text) for text in (tasks, utility, attacks))
     never = output.split_names(unknown)
     sources = suite.Sources(asked, val, kept, str(tasks_dir or ""), neutral, holdout, oracle, never, limit)
     search = {key: value for key, value in {"trials": trials, "steps": steps}.items() if value is not None}
+    confirm = partial(output.confirm_work, yes=yes)
     how: dict[str, Any] = {"search": search, "seed": seed, "device": device, "confirm": confirm, "watch": show_progress}
     before = output.read_stamp(run / RESULTS)
     report = suite.attack_run(Run.open(run), tier=tier, names=names, sources=sources, **how)

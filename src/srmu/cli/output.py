@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,14 @@ def explain_interrupt(text: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print_line(text)
         raise
+
+
+def confirm_work(text: str, yes: bool) -> bool:
+    """Whether to start what takes long: `yes`, or what a person answers. Where nobody can, it says how to start it."""
+    if not yes and sys.stdin.isatty():
+        return typer.confirm(f"{text} Run it?", err=True)
+    print_line(text if yes else f"{text} It is left out; --yes starts it.")
+    return yes
 
 
 def next_command(*words: object) -> str:

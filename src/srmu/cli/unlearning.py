@@ -202,7 +202,7 @@ def export_command(
     error: Annotated[
         float | None, Option(help="adapter: the share of the change that may be lost; default: 0.05.")
     ] = None,
-    quantise: Annotated[str | None, Option(help="Round the weights: q4_0, q8_0 (GGUF), nf4 or fp8.")] = None,
+    quantise: Annotated[str | None, Option(help="Round the weights: q4_0, q4_k, q8_0 (GGUF), nf4 or fp8.")] = None,
     push: Annotated[str, Option(metavar="OWNER/NAME", help="Then upload it to the hub, private, with its card.")] = "",
     dry_run: Annotated[bool, Option("--dry-run", help="--push: list what would be uploaded; do nothing.")] = False,
     as_json: options.Json = False,

@@ -63,8 +63,7 @@ def write_lines(label: str, total: int) -> Tick:
         now = time.monotonic()
         if now - last < (LIVE_SECONDS if live else LOG_SECONDS) and done != total:
             return
-        left = f" {(now - start) / done * (total - done):.0f} s left" if total else ""
-        line = f"{label} {done}{f'/{total}' if total else ''} {text}".rstrip() + left
+        line = describe_steps(label, done, total, text, now - start if steps else 0)
         if live:
             end = "\n" if done == total else ""
             print("\r" + line.ljust(width), end=end, file=sys.stderr, flush=True)
@@ -73,6 +72,29 @@ def write_lines(label: str, total: int) -> Tick:
         last, width = now, len(line)
 
     return tick
+
+
+def describe_steps(label: str, done: int, total: int, text: str, seconds: float) -> str:
+    """How many steps were done and which was the latest, with the time left if that can be said after `seconds`."""
+    left = f" {seconds / done * (total - done):.0f} s left" if total and done and seconds else ""
+    return f"{label} {done}{f'/{total}' if total else ''} {text}".rstrip() + left
+
+
+def nest_progress(tick: Tick, name: str) -> Watch:
+    """What shows the steps of one long step of something else, which has that name, in the text of that step."""
+
+    @contextmanager
+    def show_within(label: str, total: int) -> Iterator[Tick]:
+        start, done = time.monotonic(), 0
+
+        def tick_within(text: str, steps: int = 1, /) -> None:
+            nonlocal done
+            done += steps
+            tick(f"{name}: {describe_steps(label, done, total, text, time.monotonic() - start)}", 0)
+
+        yield tick_within
+
+    return show_within
 
 
 def choose_progress() -> Watch:

@@ -61,7 +61,9 @@ class Subject:
     original: Mapping[str, Tensor] = field(default_factory=dict)  # tensors before unlearning that differ from its own
     oracle: "Subject | None" = None
     fixed: str = ""  # why its weights cannot be attacked: it answers with more than them
-    watch: Watch = ignore_progress  # of benchmarks
+    watch: Watch = ignore_progress  # of benchmarks and long attacks
+    # a JSON value by a key: what was made before, where that is kept, so that a long attack can go on
+    remember: Callable[[Any, Callable[[], Any]], Any] = lambda key, make: make()
 
     def __post_init__(self) -> None:
         self.module.eval()

@@ -13,6 +13,7 @@ from torch import Tensor
 from srmu.engine import weights
 from srmu.engine.loading import read_config
 from srmu.engine.progress import print_line
+from srmu.engine.rounding import pack_q4_k, split_rows
 from srmu.errors import SrmuError
 from srmu.runs.plan import load_tokenizer
 from srmu.runs.run import Run
@@ -21,6 +22,7 @@ from srmu.runs.run import Run
 ROUNDED = re.compile(
     r"(blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down)(_exps|_shexp)?)|token_embd|output)\.weight"
 )
+INSTEAD = {"q4_k": ("q5_0",)}  # where rows do not fill a block, as in llama.cpp
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # by model_type
 SMALL = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
@@ -52,7 +54,7 @@ def rewrite_gguf(run: Run, kind: str, folder: Path) -> Path:
         if tensor.name in changed or wanted != tensor.tensor_type:
             values = changed.get(tensor.name)
             plain = gguf.dequantize(tensor.data, tensor.tensor_type) if values is None else values.numpy()
-            data = gguf.quantize(plain, wanted)
+            data = round_values(plain, wanted)
         writer.add_tensor(tensor.name, data, raw_dtype=wanted)
     finish_file(writer, kind, "general.quantization_version" in reader.fields)
     return path
@@ -62,13 +64,23 @@ def choose_type(name: str, width: int, kind: str, otherwise: Any) -> Any:
     """The type of a tensor with rows of that width: `kind` where it is to be rounded and its blocks fit."""
     import gguf
 
-    target = gguf.GGMLQuantizationType[kind.upper()]
     if not ROUNDED.fullmatch(name):
         return otherwise
-    if width % gguf.GGML_QUANT_SIZES[target][0]:
-        print_line(f"{name} is not rounded: its rows of {width} numbers are no multiple of a block")
-        return otherwise
-    return target
+    for target in (gguf.GGMLQuantizationType[one.upper()] for one in (kind, *INSTEAD.get(kind, ()))):
+        if width % gguf.GGML_QUANT_SIZES[target][0] == 0:
+            return target
+    print_line(f"{name} is not rounded: its rows of {width} numbers are no multiple of a block")
+    return otherwise
+
+
+def round_values(values: Any, target: Any) -> Any:
+    """The bytes of an array in a GGUF type; gguf writes no Q4_K by itself."""
+    import gguf
+
+    if target != gguf.GGMLQuantizationType.Q4_K:
+        return gguf.quantize(values, target)
+    parts = split_rows(torch.from_numpy(values.copy()).flatten(0, -2))  # a copy, as a file's own array is read-only
+    return torch.cat([pack_q4_k(rows) for rows in parts]).reshape(*values.shape[:-1], -1).numpy()
 
 
 def place_changes(run: Run, reader: Any, arch: str) -> dict[str, Tensor]:
@@ -133,7 +145,7 @@ def convert_to_gguf(run: Run, kind: str, folder: Path) -> Path:
             # llama.cpp stores the two halves of each head in turn
             values = values.reshape(count, 2, len(values) // count // 2, -1).swapaxes(1, 2).reshape(values.shape)
         wanted = choose_type(name, values.shape[-1], kind, gguf.GGMLQuantizationType.F32)
-        writer.add_tensor(name, gguf.quantize(np.ascontiguousarray(values), wanted), raw_dtype=wanted)
+        writer.add_tensor(name, round_values(np.ascontiguousarray(values), wanted), raw_dtype=wanted)
     finish_file(writer, kind, False)
     return path
 
@@ -203,7 +215,7 @@ def finish_file(writer: Any, kind: str, versioned: bool) -> None:
     """Say how the numbers are rounded, and write the file."""
     import gguf
 
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
+    writer.add_file_type(gguf.LlamaFileType["MOSTLY_" + {"q4_k": "Q4_K_S"}.get(kind, kind.upper())])
     if not versioned:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.write_header_to_file()

@@ -25,8 +25,8 @@ from srmu.runs.run import CARD, Run, open_target
 
 Costs = dict[str, dict[str, float]]  # by role, then before, after, rounded
 
-KINDS = ("q4_0", "q8_0", "nf4", "fp8")
-LIBRARIES = {"q4_0": "gguf", "q8_0": "gguf", "nf4": "bitsandbytes"}  # beside those that are always here
+KINDS = ("q4_0", "q4_k", "q8_0", "nf4", "fp8")
+LIBRARIES = {"q4_0": "gguf", "q4_k": "gguf", "q8_0": "gguf", "nf4": "bitsandbytes"}  # beside those that are always here
 BATCHES = 2  # of each role and topic, on which rounding is measured
 BLOCKS = (128, 64, 32, 16)  # rows and columns that share a scale in FP8: the first that divides all sizes
 NF4_SIDE = 64  # what divides both sides of a matrix that bitsandbytes computes with on a processor
