@@ -1,6 +1,5 @@
 """The verbs that measure a model, a run or texts, and change nothing."""
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
