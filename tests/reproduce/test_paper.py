@@ -12,8 +12,12 @@ import numpy as np
 import pytest
 
 from helpers import attack_world
+from helpers.models import save_pico
 from helpers.results import write_metrics
 from helpers.testbeds import TINY
+from srmu.engine.files import write_json
+from srmu.engine.progress import ignore_progress
+from srmu.engine.weights import fingerprint_model
 from srmu.errors import SrmuError
 from srmu.evals.results import load_results, read_metrics
 from srmu.evals.statistics import Estimate, parse_answers
@@ -486,7 +490,26 @@ def test_the_tables_on_a_real_model_are_planned(tmp_path: Path) -> None:
         plan_paper(tmp_path / "out", world="open")
 
 
+def test_the_tables_ask_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (str(save_pico(tmp_path / name, name)) for name in ("llama", "qwen2"))
+
+    def build(folder: Path, *, model: str, **_: Any) -> None:
+        folder.mkdir(parents=True)
+        known = {"path": model, "fingerprint": fingerprint_model(Path(model))}
+        write_json(folder / "testbed.json", {"model": known})
+
+    monkeypatch.setattr(experiment, "build_atlas", build)
+    for model in (first, first, second):
+        place = plan_paper(tmp_path / "out", model, world="atlas", regions=["Asia"]).place
+        assert isinstance(place, experiment.Testbeds)
+        if model == second:
+            with pytest.raises(SrmuError, match="name another --out"):
+                place.prepare("high Asia", 0, ignore_progress)
+        else:
+            place.prepare("high Asia", 0, ignore_progress)
+
+
 def test_a_world_and_a_model_do_not_go_together(call: Any) -> None:
-    answer = call("reproduce", "table3", "--world", "atlas", "--model", "model", "--dry-run")
+    answer = call("reproduce", "table3", "--world", "closed", "--model", "model", "--dry-run")
     assert answer.code == 2
     assert "--world and --model: tables are made for one or the other; leave one out" in answer.err

@@ -203,7 +203,9 @@ def reproduce_command(
         ),
     ],
     settings: Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help="Overrides for every run.")] = None,
-    model: Annotated[str, Option(help="Folder or hub id; default: testbeds are made.")] = "",
+    model: Annotated[
+        str, Option(help="Folder or hub id; with --world atlas what it knows is asked; default: testbeds are made.")
+    ] = "",
     seeds: options.Seeds = "",
     world: Annotated[
         str, Option(help="Tables: closed (default) or atlas; robust: closed, open or both (default).")
@@ -231,7 +233,7 @@ def reproduce_command(
         asked = {name: value for name, value in {**own, "seeds": seeds}.items() if value}
         reproduce_frontier(what, out, asked, settings or [], dry_run, show, as_json)
         return
-    if world and model:
+    if world not in ("", "atlas") and model:
         raise SrmuError("--world and --model: tables are made for one or the other; leave one out")
     if wrong := [name for name, value in own.items() if value and name != "world"]:
         raise SrmuError(f"--{wrong[0]} belongs to srmu reproduce robust, not to {what}")

@@ -22,6 +22,7 @@ import yaml
 from srmu.engine import progress
 from srmu.engine.files import read_json, write_json
 from srmu.engine.progress import Watch, ignore_progress
+from srmu.engine.weights import fingerprint_model, locate_model
 from srmu.errors import DivergedError, SrmuError, first_line
 from srmu.evals.results import read_metrics
 from srmu.evals.score import score_model
@@ -104,6 +105,7 @@ class Testbeds:
     folder: str = "testbed{seed}"
     world: str = "closed"
     oracle: bool = True
+    model: str = ""  # that the atlas asks; "": the one that the registry has
 
     def locate(self, regime: str, seed: int) -> Path:
         name = self.regimes[regime].get("testbed", regime)
@@ -115,11 +117,16 @@ class Testbeds:
     def prepare(self, regime: str, seed: int, watch: Watch) -> None:
         """Build the testbed where it is missing, with what Who's Harry Potter calls anchors."""
         folder = self.locate(regime, seed)
+        if self.model and self.is_there(regime, seed):
+            known = read_json(folder / "testbed.json")["model"]
+            if known["fingerprint"] != fingerprint_model(locate_model(self.model)):
+                raise SrmuError(f"{folder} was made with the model {known['path']}; name another --out")
         if not self.is_there(regime, seed):
             own = {key: value for key, value in self.regimes[regime].items() if key in ("entanglement", "region")}
             if self.world == "atlas":
                 # the seeds of runs draw directions; unless the folder says so, all are on one testbed
-                build_atlas(folder, seed=seed if "{seed}" in self.folder else 0, watch=watch, **own)
+                number = seed if "{seed}" in self.folder else 0
+                build_atlas(folder, model=self.model, seed=number, watch=watch, **own)
             else:
                 build_testbed(folder, seed=seed, oracle=self.oracle, world=self.world, watch=watch, **own)
         anchors = folder / "anchors.json"

@@ -55,7 +55,8 @@ def plan_paper(
 ) -> Experiment:
     """The experiment on testbeds of a world, or on the model that is named; SrmuError for what cannot be.
 
-    `regions` are those of the atlas; default: those of configs/reproduce.yaml.
+    On the atlas that model is asked what it knows. `regions` are those of the atlas; default: those of
+    configs/reproduce.yaml.
     """
     if world not in WORLDS:
         raise SrmuError(f"--world {world}: the paper's tables are made of {' and '.join(WORLDS)}")
@@ -64,12 +65,13 @@ def plan_paper(
     for region in regions:
         list_regions(region)
     require_place(out)
+    asked, model = (model, "") if world == "atlas" else ("", model)
     own = read_paper("all", "zephyr" if model else WORLDS[world])
     place: Testbeds | OneModel = OneModel(model, own) if model else Testbeds(out)
     if own.get("regions"):
         beds = {**own, "regions": [*dict.fromkeys(regions or own["regions"])]}
         cases = {case: bed for regime in REGIMES for case, bed in list_cases(regime, beds)}
-        place = Testbeds(out, cases, "{regime}", world, oracle=False)
+        place = Testbeds(out, cases, "{regime}", world, oracle=False, model=asked)
     if model:
         settings = {label: tuple(one.get("set", ())) for label, one in own["methods"].items()}
     else:
