@@ -481,9 +481,9 @@ def test_it_leads_with_what_was_asked_and_lost_and_whether_the_budget_is_kept(tm
         said[budget] = Page((tmp_path / "r.html").read_text()).text
     assert "To be forgotten: the cities of Africa (E-17)." in said["1%"] and "private" not in said["1%"]
     assert "Of what was to stay, it lost 10.4 points of accuracy (95 % interval 4.2 to 16.7)" in said["1%"]
-    assert "The limit was a loss of 1.0 points: failed." in said["1%"]
+    assert "The limit was a loss of 1.0 points: not kept (fail)." in said["1%"]
     assert "a loss of 11.0 points: not decided, because the limit lies within the interval." in said["11%"]
-    assert "The limit was a loss of 60.0 points: passed." in said["60%"]
+    assert "The limit was a loss of 60.0 points: kept (pass)." in said["60%"]
     assert re.search(r"5 of \d+ attacks \(tier: standard\) tried to bring it back", said["1%"])
     assert "was not measured" in said["1%"]  # the price
 

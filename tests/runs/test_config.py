@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from srmu.attacks.suite import Sources, fill_sources
 from srmu.errors import SrmuError
 from srmu.runs.config import Config, build_config, load_config, make_config
 from srmu.runs.run import unlearn_config
@@ -306,3 +307,35 @@ def test_an_empty_value_is_refused_and_a_method_keeps_what_it_shares(tmp_path: P
         build_config(tree, ["method.kappa="])
     assert build_config(tree, ["method=rmu"]) == build_config(tree, ["method.name=rmu"])
     assert build_config(tree, ["method=rmu"]).method.kappa == 3.0
+
+
+def test_a_method_of_ones_own_takes_the_place_of_the_files(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from srmu.methods.npo import NPO\n\n\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Mine(NPO):\n"
+        '    """NPO under another name."""\n\n'
+        '    name = "mine"\n'
+    )
+    tree = {"model": "m", "topics": {"t": {"forget": "f.jsonl"}}, "method": {"name": "srmu", "layer": 2, "kappa": 3}}
+    assert build_config(tree, [f"method.name={tmp_path / 'mine.py'}:Mine", "method.beta=0.2"]).method.name == "mine"
+
+
+def test_a_whole_method_does_not_hide_its_name() -> None:
+    tree = {"model": "m", "topics": {"t": {"forget": "f.jsonl"}}, "method": {"name": "srmu", "kappa": 3}}
+    assert build_config(tree, ["method={}", "method.name=npo"]).method.name == "npo"
+
+
+@pytest.mark.parametrize(("told", "found"), [("bed", True), ("own", False)])
+def test_a_testbed_is_that_of_the_texts(tmp_path: Path, told: str, found: bool) -> None:
+    """Its questions are about its own forget texts, not about those of others on its model."""
+    (tmp_path / "bed").mkdir()
+    (tmp_path / "bed" / "testbed.json").write_text("{}")
+    config = make_config(str(tmp_path / "bed" / "model"), str(tmp_path / told / "forget.jsonl"))
+    assert config.testbed == (tmp_path / "bed" if found else None)
+    asked = fill_sources(Sources(tasks=() if found else ("mine",)), config, tmp_path / "bed" / "model")
+    assert asked.tasks == (("testbed_hazard",) if found else ("mine",))
+    if not found:
+        with pytest.raises(SrmuError, match="tasks: name those of lm-eval, or your own"):
+            fill_sources(Sources(), config, tmp_path / "bed" / "model")

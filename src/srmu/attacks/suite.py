@@ -202,11 +202,10 @@ def fill_sources(sources: Sources, config: Config, base: Path) -> Sources:
     """
     if sources.unknown and sources.oracle:
         raise SrmuError("unknown and oracle: name one of them; with an oracle its own answers are the control")
-    home = base.parent
-    testbed = (home / "testbed.json").exists()
+    testbed = config.testbed
 
     def of_testbed(name: str) -> str:
-        return str(home / name) if testbed and (home / name).exists() else ""
+        return str(testbed / name) if testbed and (testbed / name).exists() else ""
 
     tasks = sources.tasks or ((HAZARD,) if testbed else ())
     if not tasks:

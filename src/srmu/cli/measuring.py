@@ -119,7 +119,9 @@ def ask_command(
 def attack_command(
     run: Annotated[Path, Argument(help="A run's folder.")],
     tier: options.Tier = "smoke",
-    attacks: Annotated[str, Option(help="Run only these attacks: names, or numbers such as E4,E7.")] = "",
+    attacks: Annotated[
+        str, Option(help="Run only these: names, or numbers such as E4,E7, that `srmu info attacks` lists.")
+    ] = "",
     tasks: Annotated[str, Option(help="Tasks on what is to be forgotten: a,b.")] = "",
     val: Annotated[str, Option(help="Tasks to choose an attack's settings on; split: half of --tasks.")] = "",
     utility: options.Utility = "",

@@ -76,8 +76,9 @@ def next_for_run(run: "Run") -> str:
         return next_command("eval", folder, *([] if tasks else ["--tasks", "TASK"]))
     if run.record["attacks"]:
         return next_command("export", folder, "OUT")
-    known = (run.base.parent / "testbed.json").is_file()  # which says what to ask
-    return next_command("attack", folder, *([] if known else ["--tasks", ",".join(tasks) or "TASK", "--val", "split"]))
+    return next_command(
+        "attack", folder, *([] if run.config.testbed else ["--tasks", ",".join(tasks) or "TASK", "--val", "split"])
+    )
 
 
 def quote_command(*words: object, **options: object) -> str:

@@ -28,7 +28,7 @@ verbs.add_typer(
     topics,
     name="info",
     rich_help_panel="Start",
-    help="List the methods and their options, the cache, and what is installed here.",
+    help="List the methods and their options, the attacks, the cache, and what is installed here.",
 )
 
 
@@ -130,6 +130,17 @@ def list_methods_command(
     lines.append(output.next_command("inspect", "MODEL", "--method", example))
     lines.append(f"      {output.quote_command('unlearn', 'CONFIG', f'method.name={example}')}")
     output.print_result(answer, as_json, *lines, table=None if name else table)
+
+
+@topics.command("attacks")
+def list_attacks_command(as_json: options.Json = False) -> None:
+    """The attacks: name, number, the tier from which each runs, and what it does."""
+    from srmu.attacks import ATTACKS
+    from srmu.methods.reference import first_sentence
+
+    table = [{"attack": n, "number": a.id, "tier": a.tier, "what": first_sentence(a)} for n, a in ATTACKS.items()]
+    following = output.next_command("attack", "RUN", "--attacks", "relearning_steps,quantisation")
+    output.print_result({"attacks": table}, as_json, "docs/attacks.md says more of each.", following, table=table)
 
 
 @topics.command("cache")

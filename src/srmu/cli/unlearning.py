@@ -67,7 +67,7 @@ def unlearn_command(
         lines.append("next: the same with the setting that the sentence above names")
     else:
         lines += [output.next_for_run(run), f"      {output.quote_command('ask', folder, 'PROMPT')}"]
-        if not out:
+        if not out and not record["attacks"]:  # else it is the next step already
             lines.append(f"      {output.quote_command('export', folder, 'OUT')}")
     output.print_result({"run": str(run.folder), "out": out and str(out), "record": record}, as_json, *lines)
 

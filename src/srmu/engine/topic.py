@@ -20,7 +20,7 @@ Padding = Literal["mask", "count"]
 
 
 class Batch(dict[str, Tensor]):
-    """Texts as tokens: `input_ids`, `attention_mask` and `labels`, (B, T) each.
+    """Texts as tokens: `input_ids`, `attention_mask` and `labels`, (B, T) each: `batch["labels"]`.
 
     Losses skip labels of -100. A batch is never changed in place: what a model computes from it is kept under its key.
     """

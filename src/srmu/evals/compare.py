@@ -193,8 +193,8 @@ def suggest_attack(
         more = {"val": report["tasks"]["val"], "tier": tier, "seed": str(report["seed"])}
         if unknown := report["tasks"].get("unknown"):
             more["unknown"] = ",".join(unknown)
-    elif (Path(run.config.model).parent / "testbed.json").is_file():
-        return folder, {}  # the testbed says what to ask
+    elif run.config.testbed:
+        return folder, {}  # which says what to ask
     else:
         known = [*choose_metrics([*read_metrics(folder)["after"]], forget, utility, run.config.eval)]
         more = {"val": "split"}

@@ -53,7 +53,7 @@ class Misdirection(Objective):
     matrices: Literal["down", "mlp"] = "down"  # of each MLP that are updated; mlp: also gate and up
     router: bool = False  # also update the routers, which send tokens to experts
     coeff: Weight | None = None  # the literal strength of the papers, c or c_map
-    kappa: Weight | None = None  # the strength as the norm of the target over that of activations
+    kappa: Weight | None = None  # the strength as the norm of the target over that of activations; 8 without coeff
     alpha: Weight = 1200.0  # weight of the retain loss
     anchors: Literal["none", "random", "self"] = "none"  # rows to retain: random tokens, own texts
     anchor_share: Annotated[Part, Needs("anchors=random or self")] = 0.5  # of each retain batch

@@ -27,8 +27,8 @@ def list_methods() -> list[dict[str, str]]:
     return rows
 
 
-def first_sentence(cls: type[Method]) -> str:
-    """The first sentence of a method's docstring."""
+def first_sentence(cls: type) -> str:
+    """The first paragraph of a docstring, of a method or of an attack."""
     return (cls.__doc__ or "").split("\n\n")[0].replace("\n", " ").strip()
 
 

@@ -92,6 +92,15 @@ class Config(BaseModel, extra="forbid", frozen=True):
     cache: Literal["disk", "memory", "none"] = "disk"  # where activations are kept for later steps
     purpose: Purpose = Purpose()
 
+    @property
+    def testbed(self) -> Path | None:
+        """The folder of the testbed around the model, if its texts are to be forgotten: it says what to ask."""
+        home = Path(self.model).resolve().parent
+        told = {
+            Path(text.path).resolve().parent for topic in self.topics.values() for text in topic.forget if text.path
+        }
+        return home if home in told and (home / "testbed.json").is_file() else None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values with every default written out."""
         return self.model_dump(mode="json")
@@ -147,8 +156,8 @@ def build_config(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
     if isinstance(values.get("method"), str):
         values["method"] = {"name": values["method"]}
     overrides = [re.sub("^method=(?=[^{])", "method.name=", override) for override in overrides]
-    # Another method first: the file's options are those of its own method.
-    for override in sorted(overrides, key=lambda o: not o.startswith("method.name=")):
+    # A whole method first, then its name: the file's options are those of its own method.
+    for override in sorted(overrides, key=lambda o: (not o.startswith("method="), not o.startswith("method.name="))):
         if override.startswith("method.name="):
             forget_old_method(values, override.removeprefix("method.name="))
         put_override(values, override)
@@ -176,7 +185,7 @@ def forget_old_method(values: dict[str, Any], name: str) -> None:
     """
     method = values.get("method")
     old = METHODS.get(str(method.get("name", "srmu"))) if isinstance(method, dict) else None
-    new = METHODS.get(name)
+    new = find_method(name) if ".py:" in name else METHODS.get(name)
     if old is None or new is None or old is new or (issubclass(old, Misdirection) and issubclass(new, Misdirection)):
         return
     values["method"] = {"name": name}

@@ -164,6 +164,8 @@ def load_key(path: Path, what: Literal["private", "public"]) -> Any:
     try:
         data, load = path.read_bytes(), serialization.load_pem_public_key
         key = load(data) if what == "public" else serialization.load_pem_private_key(data, password=None)
+    except FileNotFoundError:
+        raise SrmuError(f"{path}: no such file; expected a {what} Ed25519 key in PEM form") from None
     except (OSError, ValueError, TypeError) as error:
         raise SrmuError(f"{path} is no {what} key in PEM form: {type(error).__name__}") from None
     if not isinstance(key, ed25519.Ed25519PublicKey | ed25519.Ed25519PrivateKey):
