@@ -104,15 +104,17 @@ def test_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "forget activations moved" in done.stdout
 
 
-def test_contributing_method_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "method"), [("gaussian_rmu", "GaussianRMU"), ("half_ascent", "HalfAscent")])
+def test_contributing_method_runs(place: Path, monkeypatch: pytest.MonkeyPatch, name: str, method: str) -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    (code,) = re.findall(r"```python title=\"gaussian_rmu.py\"\n(.*?)```", text, flags=re.DOTALL)
-    (place / "gaussian_rmu.py").write_text(code)
-    (named,) = re.findall(r"`(method\.name=gaussian_rmu\.py:\w+)`", text)
+    (code,) = re.findall(rf"```python title=\"{name}.py\"\n(.*?)```", text, flags=re.DOTALL)
+    (place / f"{name}.py").write_text(code)
+    named = f"method.name={name}.py:{method}"
+    assert name != "gaussian_rmu" or f"`{named}`" in text
     paths = ["--model", "own/model", "--forget", "own/forget.jsonl", "--retain", "own/retain-high.jsonl"]
     options = [named, "train.max_steps=2", "train.learning_rate=0.01"]
     assert run(["unlearn", *paths, *options], monkeypatch) == 0
-    assert list((place / "runs").glob("*-gaussian_rmu/delta.safetensors"))
+    assert list((place / "runs").glob(f"*-{name}/delta.safetensors"))
 
 
 @pytest.mark.slow(keep=2)
