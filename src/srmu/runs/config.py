@@ -95,7 +95,7 @@ class Config(BaseModel, extra="forbid", frozen=True):
     @property
     def testbed(self) -> Path | None:
         """The folder of the testbed around the model, if its texts are to be forgotten: it says what to ask."""
-        home = Path(self.model).resolve().parent
+        home = Path(self.model).parent.resolve()
         told = {
             Path(text.path).resolve().parent for topic in self.topics.values() for text in topic.forget if text.path
         }
