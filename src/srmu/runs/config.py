@@ -97,7 +97,7 @@ class Config(BaseModel, extra="forbid", frozen=True):
         """The folder of the testbed around the model, if its texts are to be forgotten: it says what to ask."""
         home = Path(self.model).parent.resolve()
         told = {
-            Path(text.path).resolve().parent for topic in self.topics.values() for text in topic.forget if text.path
+            Path(text.path).parent.resolve() for topic in self.topics.values() for text in topic.forget if text.path
         }
         return home if home in told and (home / "testbed.json").is_file() else None
 
