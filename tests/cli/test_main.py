@@ -688,6 +688,22 @@ def test_exit_codes(error: BaseException, code: int, says: str, call: Call, monk
     assert says in answer.err
 
 
+def test_a_fault_of_own_code_is_named_there(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from srmu.methods.ga import GA\n\n\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Mine(GA):\n"
+        '    """GA with a fault."""\n\n'
+        '    name = "mine"\n\n'
+        "    def loss(self, model, state, forget, retain, step):\n"
+        "        return forget.labels\n"
+    )
+    answer = call("unlearn", *sources(), "train.max_steps=1", f"method.name={tmp_path / 'mine.py'}:Mine")
+    said = f"srmu: {tmp_path / 'mine.py'}:12: AttributeError: 'Batch' object has no attribute 'labels' (--debug"
+    assert (answer.code, answer.out) == (2, "") and said in answer.err
+
+
 # --- in a process of its own
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 from itertools import pairwise
 from pathlib import Path
+from traceback import walk_tb
 from typing import Annotated, TextIO
 
 import typer
@@ -13,6 +14,7 @@ from typer import Option
 
 from srmu.cli import measuring, starting, studying, unlearning
 from srmu.engine import distributed
+from srmu.engine.files import OWN_CODE
 from srmu.engine.progress import print_line, silence_logs
 from srmu.errors import SrmuError, suggest_word
 
@@ -97,13 +99,26 @@ def run_verb(arguments: Sequence[str]) -> int:
     return code or 0
 
 
+def find_own_line(error: Exception) -> str:
+    """Where code of the user's own, such as a method in a file, failed; "" where none did."""
+    frames = [
+        (frame.f_code.co_filename, line)
+        for frame, line in walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__")).startswith(OWN_CODE)
+    ]
+    return f"{frames[-1][0]}:{frames[-1][1]}" if frames else ""
+
+
 def explain_failure(error: Exception, streams: tuple[TextIO, TextIO]) -> int:
     """Say an error in one line on standard error; the exit code."""
     # what the system refuses, by its number: a full disk, a file that may not be written
     refused = isinstance(error, SrmuError) or (isinstance(error, OSError) and error.errno is not None)
-    code: int = 2 if refused else getattr(error, "exit_code", 1)
+    own = find_own_line(error)
+    code: int = 2 if refused or own else getattr(error, "exit_code", 1)
     message = getattr(error, "format_message", lambda: str(error))()
-    if code == 1:
+    if own and not refused:
+        message = f"{own}: {type(error).__name__}: {message} (--debug shows the way there)"
+    elif code == 1:
         message = f"internal error: {type(error).__name__}: {message} (--debug shows where)"
     if (option := getattr(error, "option_name", None)) and "unlearn" in sys.argv:
         from srmu.runs.config import find_key

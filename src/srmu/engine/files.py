@@ -27,6 +27,7 @@ warn_once = cache(print_line)
 # Copied unchanged with a model, as is what has no suffix (LICENSE); no other kind, which may be the same weights again.
 CARRIED = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".md", ".py", ".bpe", ".vocab", ".v1", ".v2", ".v3", "")
 EXPORTED = "srmu-record.json"  # the record beside an export
+OWN_CODE = "srmu_own_"  # how modules of the user's own files begin
 
 
 def cache_dir() -> Path:
@@ -202,7 +203,7 @@ def sha256(*parts: bytes | memoryview | Path) -> str:
 def import_from_file(what: str, name: str) -> Any:
     """The object that `path/to/file.py:attribute` names, to be `what`; None if the file has no such attribute."""
     path, _, attribute = name.rpartition(":")
-    unique = f"{Path(path).stem}_{sha256(path.encode())[:8]}"  # so that it hides no other module
+    unique = f"{OWN_CODE}{Path(path).stem}_{sha256(path.encode())[:8]}"  # so that it hides no other module
     spec = importlib.util.spec_from_file_location(unique, path)
     if spec is None or spec.loader is None or not Path(path).is_file():
         raise SrmuError(f"{what} {name}: no such file{suggest_path(Path(path))}")
