@@ -51,7 +51,4 @@ def test_no_method_is_left_out() -> None:
         for setting in settings
         if setting.startswith("method.name=")
     }
-    # newer than the search of settings, which docs/methods.md says
-    newer = {"wga", "satimp", "ceu", "refusal", "altpo", "flat", "pdu"}
-    assert named == set(METHODS) - newer
-    assert "**Not in the table**, because they are newer" in (CONFIGS.parent / "docs" / "methods.md").read_text()
+    assert named == set(METHODS)
