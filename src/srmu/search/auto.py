@@ -59,7 +59,7 @@ def prepare_job(request: AutoRequest) -> AutoJob:
             "or search its options with srmu sweep"
         )
     texts = {role: read_texts([Source(path=path) for path in getattr(request, role)]) for role in ("forget", "retain")}
-    testbed = (base.parent / "testbed.json").exists()
+    testbed = make_config(request.model, request.forget).testbed
     tasks: tuple[str, ...] = request.tasks or (TESTBED[0] if testbed else ())
     utility = request.utility or (TESTBED[1] if testbed and not request.tasks else ())
     given = [f"seed={request.seed}", f"device={request.device}", f"runs_dir={request.out / 'runs'}"]
