@@ -100,7 +100,7 @@ def run_verb(arguments: Sequence[str]) -> int:
 
 
 def find_own_line(error: Exception) -> str:
-    """Where code of the user's own, such as a method in a file, failed; "" where none did."""
+    """The file and line of the user's own code, such as a method, in which an error arose; "" if it was elsewhere."""
     frames = [
         (frame.f_code.co_filename, line)
         for frame, line in walk_tb(error.__traceback__)

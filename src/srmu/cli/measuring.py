@@ -208,11 +208,11 @@ def compare_suites(paths: list[Path], folders: list[Path], peers: list[Any], as_
     for name, rows in {} if as_json else suites.items():
         typer.echo(name)
         print_table([{head: format_value(one, "") for head, one in row.items()} for row in drop_empty(rows)])
-    told = "In brackets: one standard error to each side. Utility is not the same for all: read it beside the rest."
+    note = "In brackets: one standard error to each side. Utility is not the same for all: read it beside the rest."
     output.print_result(
         {"suites": {name: [*map(plain_row, rows)] for name, rows in suites.items()}},
         as_json,
-        told,
+        note,
         output.next_command("report", *paths),
     )
 

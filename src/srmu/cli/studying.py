@@ -204,7 +204,7 @@ def reproduce_command(
     ],
     settings: Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help="Overrides for every run.")] = None,
     model: Annotated[
-        str, Option(help="Folder or hub id; with --world atlas what it knows is asked; default: testbeds are made.")
+        str, Option(help="Folder or hub id; with --world atlas, the model to ask. Default: testbeds are made.")
     ] = "",
     seeds: options.Seeds = "",
     world: Annotated[

@@ -110,7 +110,7 @@ def load_module(folder: Path, dtype: str = "auto", depth: int | None = None) -> 
 
 
 def make_contiguous(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The last tokens' states of several texts, side by side in memory: else torch copies a frozen head for each."""
+    """Put what the head reads side by side in memory: otherwise torch copies a frozen head once for each text."""
     return tuple(value.contiguous() for value in args)
 
 

@@ -117,10 +117,6 @@ class Testbeds:
     def prepare(self, regime: str, seed: int, watch: Watch) -> None:
         """Build the testbed where it is missing, with what Who's Harry Potter calls anchors."""
         folder = self.locate(regime, seed)
-        if self.model and self.is_there(regime, seed):
-            known = read_json(folder / "testbed.json")["model"]
-            if known["fingerprint"] != fingerprint_model(locate_model(self.model)):
-                raise SrmuError(f"{folder} was made with the model {known['path']}; name another --out")
         if not self.is_there(regime, seed):
             own = {key: value for key, value in self.regimes[regime].items() if key in ("entanglement", "region")}
             if self.world == "atlas":
@@ -129,6 +125,10 @@ class Testbeds:
                 build_atlas(folder, model=self.model, seed=number, watch=watch, **own)
             else:
                 build_testbed(folder, seed=seed, oracle=self.oracle, world=self.world, watch=watch, **own)
+        elif self.model:
+            known = read_json(folder / "testbed.json")["model"]
+            if known["fingerprint"] != fingerprint_model(locate_model(self.model)):
+                raise SrmuError(f"{folder} was made with the model {known['path']}; name another --out")
         anchors = folder / "anchors.json"
         if self.world == "closed" and not anchors.exists():
             # for each thing about which facts are to be forgotten one of the same kind about which none are

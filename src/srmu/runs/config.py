@@ -96,10 +96,9 @@ class Config(BaseModel, extra="forbid", frozen=True):
     def testbed(self) -> Path | None:
         """The folder of the testbed around the model, if its texts are to be forgotten: it says what to ask."""
         home = Path(self.model).parent.resolve()
-        told = {
-            Path(text.path).parent.resolve() for topic in self.topics.values() for text in topic.forget if text.path
-        }
-        return home if home in told and (home / "testbed.json").is_file() else None
+        texts = [text.path for topic in self.topics.values() for text in topic.forget if text.path]
+        inside = home in {Path(path).parent.resolve() for path in texts}
+        return home if inside and (home / "testbed.json").is_file() else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values with every default written out."""
